@@ -1,0 +1,85 @@
+"""Progress of long work: a bar with rate and ETA on a terminal, plain lines when piped."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+SECONDS_BETWEEN_PLAIN_LINES = 10.0
+
+
+class Progress:
+    """Count `total` units of work on stderr; use as a context manager.
+
+    `enabled=False` (every process but the main one) prints nothing. `audio_seconds` given to `advance` adds the
+    hours of audio to the display.
+    """
+
+    def __init__(self, description: str, total: int, unit: str, enabled: bool = True, start: int = 0) -> None:
+        self.description, self.total, self.unit, self.enabled = description, total, unit, enabled
+        self.start, self.done, self.audio_seconds = start, start, 0.0
+        self._started_at = self._last_line_at = time.monotonic()
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> "Progress":
+        self._started_at = self._last_line_at = time.monotonic()
+        if self.enabled and sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, status="")
+        return self
+
+    def advance(self, count: int = 1, audio_seconds: float = 0.0, note: str = "") -> None:
+        """Add `count` finished units; `note` is shown behind the rate (a loss, a WER)."""
+        self.done += count
+        self.audio_seconds += audio_seconds
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, status=self._status(note))
+        elif self.enabled and time.monotonic() - self._last_line_at >= SECONDS_BETWEEN_PLAIN_LINES:
+            self._last_line_at = time.monotonic()
+            print(self._line(note), file=sys.stderr, flush=True)
+
+    def print(self, text: str) -> None:
+        """Print a line above the bar on stdout; nothing on a disabled progress."""
+        if self._bar is not None and sys.stdout.isatty():
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self.enabled:
+            print(text, flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _rate(self) -> float:
+        return (self.done - self.start) / max(time.monotonic() - self._started_at, 1e-9)
+
+    def _status(self, note: str) -> str:
+        hours = f", {self.audio_seconds / 3600:.2f} h of audio" if self.audio_seconds else ""
+        return f"{self._rate():.1f} {self.unit}/s{hours}{', ' + note if note else ''}"
+
+    def _line(self, note: str) -> str:
+        seconds_left = (self.total - self.done) / max(self._rate(), 1e-9)
+        share = self.done / max(self.total, 1)
+        return (
+            f"{self.description}: {self.done}/{self.total} ({share:.0%}), {self._status(note)}, "
+            f"ETA {format_seconds(seconds_left)}"
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02d}:{second:02d}"
