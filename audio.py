@@ -1,0 +1,352 @@
+"""Clips: from an audio file to 16 kHz mono int16, measured while in hand, in a pool of processes.
+
+Dimension letters: S samples, C channels, F frames, W samples per frame, P output samples per step, K kernel taps.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import soundfile
+
+from errors import RunFailed
+
+SAMPLE_RATE_HZ = 16_000
+INT16_FULL_SCALE = 32_768
+# Longer clips are beyond every encoder's memory, and would be beyond ours while they are resampled.
+MAX_CLIP_SECONDS = 1_800.0
+# A segment may end this much after its file: manifests round offsets and durations.
+SEGMENT_TOLERANCE_SECONDS = 0.1
+# The "kaiser best" setting of torchaudio's resampling tutorial: as sharp as librosa's default.
+RESAMPLING = {
+    "resampling_method": "sinc_interp_kaiser",
+    "lowpass_filter_width": 64,
+    "rolloff": 0.9475937167399596,
+    "beta": 14.769656459379492,
+}
+# Kernel of a rate with a small common divisor (44,101 Hz: 2.8 GB); sane rates need under 0.5 million values.
+MAX_RESAMPLING_KERNEL = 20_000_000
+SILENCE_FRAME_SAMPLES = SAMPLE_RATE_HZ * 20 // 1000
+SILENCE_RELATIVE_POWER = 1e-5  # -50 dB
+SPECTRUM_FRAME_SAMPLES = 512
+BANDWIDTH_ENERGY_SHARE = 0.99
+FRAMES_AT_ONCE = 4096
+MIN_SAMPLES_PER_STEP = 64
+READ_BLOCK_SECONDS = 60
+CLIPS_PER_TASK = 16
+# Limits what a task of long clips holds; MP3 grows about tenfold when it is decoded.
+SOURCE_BYTES_PER_TASK = 4_000_000
+
+if TYPE_CHECKING:
+    import torch
+
+Item = TypeVar("Item")
+
+
+class ClipError(ValueError):
+    """A clip that cannot be used: `reason` is a key of `corpora.DROP_REASONS`, `detail` says what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRequest:
+    """Where a clip lies: a file, or a segment of one."""
+
+    path: str
+    offset_seconds: float = 0.0
+    duration_seconds: float | None = None
+    source_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A decoded clip.
+
+    samples: int16 [S], 16 kHz mono.
+    peak: largest |sample| / 32768.
+    silence_fraction: share of 20 ms frames with a power over 50 dB below that of the loudest frame; 1 if all zero.
+    bandwidth_hz: the frequency below which 99 % of the energy lies (mean removed); 0 if there is none.
+    """
+
+    samples: np.ndarray
+    peak: float
+    silence_fraction: float
+    bandwidth_hz: float
+    source_rate_hz: int
+    audio_sha256: str
+
+
+def read_clip(request: ClipRequest) -> Clip:
+    """Decode, mix to mono, resample and measure one clip.
+
+    Raises:
+        ClipError: undecodable, empty, not_finite, bad_segment or too_long.
+    """
+    try:
+        with soundfile.SoundFile(request.path) as file:
+            rate = file.samplerate
+            signal_S = _read_mono(file, request)
+    except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:
+        # TypeError: soundfile takes names such as x.raw for headerless audio.
+        raise ClipError("undecodable", " ".join(str(error).split()) or type(error).__name__) from None
+    if not len(signal_S):
+        raise ClipError("empty", "no samples")
+    if not np.isfinite(signal_S).all():
+        raise ClipError("not_finite", "NaN or infinite samples")
+    samples_S = _to_int16(resample(signal_S, rate))
+    peak, silence_fraction, bandwidth_hz = measure(samples_S)
+    digest = hashlib.sha256(samples_S.astype("<i2", copy=False).tobytes()).hexdigest()
+    return Clip(samples_S, peak, silence_fraction, bandwidth_hz, rate, digest)
+
+
+def resample(signal_S: np.ndarray, rate_hz: int) -> np.ndarray:
+    """float32 [S] at `rate_hz` to float32 at 16 kHz.
+
+    Raises:
+        ClipError: undecodable, for a rate that shares no useful divisor with 16,000.
+    """
+    if rate_hz == SAMPLE_RATE_HZ:
+        return signal_S
+    import torch
+
+    kernel_P1K, width, source_step = _resampling_kernel(rate_hz)
+    num_blocks = len(signal_S) // source_step + 1
+    padded_S = torch.nn.functional.pad(torch.from_numpy(signal_S), (width, width + source_step))
+    pieces = []
+    with torch.inference_mode():
+        for first in range(0, num_blocks, FRAMES_AT_ONCE):
+            last = min(first + FRAMES_AT_ONCE, num_blocks) - 1
+            piece_S = padded_S[first * source_step : last * source_step + kernel_P1K.shape[2]]
+            blocks_PF = torch.nn.functional.conv1d(piece_S[None], kernel_P1K, stride=source_step)
+            pieces.append(blocks_PF.T.reshape(-1).numpy())
+    return np.concatenate(pieces)[: -(-len(signal_S) * SAMPLE_RATE_HZ // rate_hz)]
+
+
+def measure(samples_S: np.ndarray) -> tuple[float, float, float]:
+    """Peak, silence fraction and bandwidth of int16 [S], S > 0; see `Clip` for the definitions."""
+    signal_S = samples_S.astype(np.float32) / INT16_FULL_SCALE
+    peak = float(np.abs(signal_S).max())
+    if peak == 0.0:
+        return 0.0, 1.0, 0.0
+    power_F = np.square(_frames(signal_S, SILENCE_FRAME_SAMPLES)).mean(axis=1)
+    silence_fraction = float((power_F < power_F.max() * SILENCE_RELATIVE_POWER).mean())
+    return peak, silence_fraction, _bandwidth_hz(signal_S)
+
+
+class ClipPool:
+    """Processes that decode clips; results come back in order and few of them are under way at a time.
+
+    A context manager. Processes start with the first clip, or with `warm_up`.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._executor: ProcessPoolExecutor | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "ClipPool":
+        return self
+
+    def warm_up(self) -> None:
+        """Start the processes now: their imports take 3 s that can pass beside other work."""
+        if self._executor is None:
+            self._stack.enter_context(without_main_module())
+            self._executor = ProcessPoolExecutor(
+                self.num_workers, mp_context=_process_context(), initializer=_initialize_worker
+            )
+            for _ in range(self.num_workers):
+                self._executor.submit(_import_resampling)
+
+    def read(self, items: Iterable[tuple[Item, ClipRequest | None]]) -> Iterator[tuple[Item, Clip | ClipError | None]]:
+        """Decode the request of each item; an item without a request passes through in its place.
+
+        Raises:
+            RunFailed: a process died (memory, or a file that crashes the decoder).
+        """
+        under_way: deque = deque()
+        for task in _tasks(items):
+            self.warm_up()
+            requests = [request for _, request in task if request is not None]
+            under_way.append((task, self._executor.submit(_read_clips, requests) if requests else None))
+            if len(under_way) > 2 * self.num_workers:
+                yield from _collect(*under_way.popleft())
+        while under_way:
+            yield from _collect(*under_way.popleft())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+        self._stack.close()
+
+
+@contextlib.contextmanager
+def without_main_module() -> Iterator[None]:
+    """Start child processes that do not import the command again.
+
+    multiprocessing runs the main script's imports in every child; for train.py those take 8 s and 500 MB.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _process_context() -> multiprocessing.context.BaseContext:
+    # Never fork: the caller may hold threads (torch, pyarrow). A fork server is as safe and imports torch only once.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["soundfile", "torchaudio.transforms"])
+    return context
+
+
+def _initialize_worker() -> None:
+    # Ctrl-C is the parent's business; a worker must not outlive it, however it dies.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _import_resampling() -> None:
+    import torch
+    import torchaudio.transforms  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+@functools.lru_cache(maxsize=8)
+def _resampling_kernel(rate_hz: int) -> tuple["torch.Tensor", int, int]:
+    """The kernel [P, 1, K] of torchaudio for P output samples at once, its reach, and the source samples of one step.
+
+    torchaudio computes as many output samples per step as the reduced rate has (1 for 32 kHz); the same taps shifted
+    to 64 or more of them make the convolution a matrix product: the same samples, 2 ms instead of 24 for a 10 s clip.
+    """
+    _import_resampling()
+    import torch
+    import torchaudio.transforms
+
+    divisor = math.gcd(rate_hz, SAMPLE_RATE_HZ)
+    source_step, target_step = rate_hz // divisor, SAMPLE_RATE_HZ // divisor
+    if source_step * target_step > MAX_RESAMPLING_KERNEL:
+        raise ClipError("undecodable", f"a sample rate of {rate_hz} Hz; convert it to a usual rate first")
+    resampler = torchaudio.transforms.Resample(rate_hz, SAMPLE_RATE_HZ, **RESAMPLING)
+    taps_P1K = resampler.kernel
+    repeats = -(-MIN_SAMPLES_PER_STEP // target_step)
+    kernel_P1K = torch.zeros(repeats * target_step, 1, taps_P1K.shape[2] + (repeats - 1) * source_step)
+    for repeat in range(repeats):
+        shift = repeat * source_step
+        rows = slice(repeat * target_step, (repeat + 1) * target_step)
+        kernel_P1K[rows, :, shift : shift + taps_P1K.shape[2]] = taps_P1K
+    return kernel_P1K, resampler.width, repeats * source_step
+
+
+def _read_clips(requests: list[ClipRequest]) -> list[Clip | tuple[str, str]]:
+    results = []
+    for request in requests:
+        try:
+            results.append(read_clip(request))
+        except ClipError as error:
+            results.append((error.reason, error.detail))
+    return results
+
+
+def _tasks(items: Iterable[tuple[Item, ClipRequest | None]]) -> Iterator[list[tuple[Item, ClipRequest | None]]]:
+    task, source_bytes = [], 0
+    for item, request in items:
+        task.append((item, request))
+        source_bytes += request.source_bytes if request else 0
+        if len(task) == CLIPS_PER_TASK or source_bytes >= SOURCE_BYTES_PER_TASK:
+            yield task
+            task, source_bytes = [], 0
+    if task:
+        yield task
+
+
+def _collect(task: list, future) -> Iterator[tuple]:
+    try:
+        results = iter(future.result() if future else ())
+    except BrokenProcessPool:
+        paths = [request.path for _, request in task if request is not None]
+        raise RunFailed(
+            f"a decoding process died near {paths[0]} .. {paths[-1]}: out of memory, or a file that crashes the "
+            "decoder; finished parts are kept, run the same command again, with a smaller --num_workers"
+        ) from None
+    for item, request in task:
+        result = next(results) if request is not None else None
+        yield item, ClipError(*result) if isinstance(result, tuple) else result
+
+
+def _read_mono(file: soundfile.SoundFile, request: ClipRequest) -> np.ndarray:
+    """Samples of the segment as float32 [S]. Read in blocks: the length in a header is not to be trusted."""
+    rate = file.samplerate
+    first = round(request.offset_seconds * rate)
+    wanted = math.inf if request.duration_seconds is None else round(request.duration_seconds * rate)
+    if first:
+        if first >= file.frames:
+            raise ClipError("bad_segment", f"starts at {request.offset_seconds} s of {file.frames / rate:.2f} s")
+        file.seek(first)
+    blocks, count = [], 0
+    while count < wanted:
+        block_SC = file.read(int(min(READ_BLOCK_SECONDS * rate, wanted - count)), dtype="float32", always_2d=True)
+        if not len(block_SC):
+            break
+        blocks.append(block_SC.mean(axis=1) if block_SC.shape[1] > 1 else block_SC[:, 0])
+        count += len(block_SC)
+        if count > MAX_CLIP_SECONDS * rate:
+            raise ClipError("too_long", f"over {MAX_CLIP_SECONDS:.0f} s; cut it, or give offset and duration")
+    if wanted - count > SEGMENT_TOLERANCE_SECONDS * rate and wanted != math.inf:
+        found = f"{request.offset_seconds:g} s + {request.duration_seconds:g} s ends after the file"
+        raise ClipError("bad_segment", f"{found}, at {(first + count) / rate:.2f} s")
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _to_int16(signal_S: np.ndarray) -> np.ndarray:
+    scaled = np.rint(signal_S * np.float32(INT16_FULL_SCALE))
+    return np.clip(scaled, -INT16_FULL_SCALE, INT16_FULL_SCALE - 1).astype(np.int16)
+
+
+def _frames(signal_S: np.ndarray, width: int) -> np.ndarray:
+    """Whole frames [F, W]; a signal under one frame is filled with zeros to one."""
+    if len(signal_S) < width:
+        signal_S = np.pad(signal_S, (0, width - len(signal_S)))
+    return signal_S[: len(signal_S) // width * width].reshape(-1, width)
+
+
+def _bandwidth_hz(signal_S: np.ndarray) -> float:
+    frames_FW = _frames(signal_S - signal_S.mean(), SPECTRUM_FRAME_SAMPLES)
+    window_W = np.hanning(SPECTRUM_FRAME_SAMPLES).astype(np.float32)
+    energy = np.zeros(SPECTRUM_FRAME_SAMPLES // 2 + 1)
+    for start in range(0, len(frames_FW), FRAMES_AT_ONCE):
+        spectrum = np.fft.rfft(frames_FW[start : start + FRAMES_AT_ONCE] * window_W)
+        energy += np.square(np.abs(spectrum)).sum(axis=0)
+    cumulative = np.cumsum(energy)
+    if cumulative[-1] == 0.0:
+        return 0.0
+    position = int(np.searchsorted(cumulative, BANDWIDTH_ENERGY_SHARE * cumulative[-1]))
+    return position * SAMPLE_RATE_HZ / SPECTRUM_FRAME_SAMPLES

@@ -1,0 +1,380 @@
+"""The settings of every command: frozen dataclasses, read from YAML and flags by one parser.
+
+A docstring under a field is its help text. YAML values and flags pass through the same conversion and the same checks,
+and all errors are shown at once.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import math
+import textwrap
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from errors import UsageError
+
+Config = TypeVar("Config")
+SEED_LIMIT = 2**32
+# The English seed's list, field-notes section 4.
+DEFAULT_CHARACTERS_TO_IGNORE = ',?.!-;:"'
+OLDER_NAMES = {
+    "evaluation_steps": "eval_steps",
+    "batch_size": "per_device_train_batch_size",
+    "fp16": "the launcher's --mixed_precision fp16",
+    "bf16": "the launcher's --mixed_precision bf16",
+    "mixed_precision": "the launcher: accelerate launch --mixed_precision fp16 train.py",
+    "num_processes": "the launcher: accelerate launch --num_processes N train.py",
+    "group_by_length": "nothing: lengths are always grouped",
+}
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Settings of prepare.py."""
+
+    corpus: str = ""
+    """Common Voice release folder, CSV/TSV/JSONL manifest, LibriSpeech folder, or `demo`."""
+    data_dir: str = ""
+    """Folder for the prepared shards."""
+    chunk_size: int = 10_000
+    """Rows of the corpus per shard part."""
+    num_workers: int = -1
+    """Decoding processes; -1 takes one per core."""
+    train_split: Literal["train", "validated"] = "train"
+    """Common Voice only: `validated` trains on validated.tsv less the sentences and speakers of dev and test."""
+    audio_column_name: str | None = None
+    """Manifest column that holds the audio path; found by its usual names when not given."""
+    text_column_name: str | None = None
+    """Manifest column that holds the transcript; found by its usual names when not given."""
+    audio_root: str | None = None
+    """Folder outside the corpus that absolute paths and links may lead into."""
+    split_by: Literal["speaker", "utterance", "sentence"] | None = None
+    """How to divide a corpus without splits: no speaker, no utterance or no sentence in two splits."""
+    split_fractions: list[float] = dataclasses.field(default_factory=lambda: [0.8, 0.1, 0.1])
+    """Shares of train, dev and (optional) test for --split_by."""
+    test_speakers: list[str] = dataclasses.field(default_factory=list)
+    """Speakers that form the test split."""
+    seed: int = 42
+    """Decides the random splits."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        for name in ("corpus", "data_dir"):
+            if not getattr(self, name):
+                found.append(f"--{name} is missing: name the {'corpus' if name == 'corpus' else 'output folder'}")
+        if self.chunk_size < 1:
+            found.append(f"--chunk_size is {self.chunk_size}, at least 1 is needed")
+        if self.num_workers < 1 and self.num_workers != -1:
+            found.append(f"--num_workers is {self.num_workers}, give at least 1, or -1 for one per core")
+        total = math.fsum(self.split_fractions)
+        if len(self.split_fractions) not in (2, 3) or min(self.split_fractions) < 0 or abs(total - 1) > 1e-6:
+            found.append(f"--split_fractions {self.split_fractions} must be two or three shares that sum to 1")
+        if not 0 <= self.seed < SEED_LIMIT:
+            found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of train.py. Every interval counts optimizer steps; precision and processes belong to the launcher."""
+
+    data_dir: str = ""
+    """Folder that prepare.py wrote."""
+    output_dir: str = ""
+    """Run directory: checkpoints, log, plot and model."""
+    model_name_or_path: str | None = None
+    """Pre-trained model: a name on the Hugging Face hub or a folder."""
+    model_config: dict[str, Any] | None = None
+    """YAML only: a Hugging Face model configuration with `model_type`, to train from random weights."""
+    model_overrides: dict[str, Any] | None = None
+    """YAML only: fields of the checkpoint's configuration to change, such as dropouts and masking."""
+    vocabulary: str = "auto"
+    """`model`: the checkpoint's; `train`: built from the training text; `large_960h`: the 32 tokens of
+    facebook/wav2vec2-large-960h; a vocab.json; `auto`: the checkpoint's where it has one, else `train`."""
+    characters_to_ignore: str = DEFAULT_CHARACTERS_TO_IGNORE
+    """Characters removed from transcripts, written without separators."""
+    case: Literal["auto", "upper", "lower", "keep"] = "auto"
+    """Case of the transcripts; `auto` takes the vocabulary's, and lower case for a vocabulary built from text."""
+    freeze_feature_encoder: bool = True
+    """Keep the convolutional feature encoder as it is."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+
+    train_fraction: float = 1.0
+    """Share of the training utterances to use, drawn by the seed."""
+    max_train_samples: int | None = None
+    """Use at most this many training utterances."""
+    eval_split: Literal["dev", "train"] = "dev"
+    """Evaluate on `dev`; `train` scores the utterances that train, to see whether a model can learn them by heart."""
+    max_eval_samples: int | None = None
+    """Evaluate on a fixed, seeded subset of this size."""
+    min_duration_in_seconds: float = 0.1
+    """Shorter training clips are left out; dev and test are always scored whole."""
+    max_duration_in_seconds: float = 20.0
+    """Longer training clips are left out; dev and test are always scored whole."""
+    do_predict: bool = True
+    """Score the test split with the best model at the end (and before training, where the head fits)."""
+
+    per_device_train_batch_size: int = 8
+    """Utterances per micro-batch; x gradient_accumulation_steps x processes = utterances per update."""
+    per_device_eval_batch_size: int = 8
+    """Utterances per evaluation batch; has no influence on the result."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per update."""
+    max_batch_seconds: float | None = None
+    """Cut micro-batches and evaluation batches by padded seconds of audio instead of by count; the utterances per
+    update stay."""
+    dataloader_num_workers: int = 1
+    """Processes per rank that load and pad ahead of the loop; 0 loads in the training process (for pdb)."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; none on biases and norms."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after warm-up: to zero linearly, by a half cosine, or not at all."""
+    num_train_epochs: float = 3.0
+    """Passes over the training utterances."""
+    max_steps: int = -1
+    """Updates in all; overrides num_train_epochs when positive."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: int = 42
+    """Decides order, subset, masks, dropout and new weights."""
+
+    logging_steps: int = 50
+    """Steps between rows of the log."""
+    eval_steps: int = 500
+    """Steps between evaluations; the last step is always evaluated."""
+    save_steps: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    save_total_limit: int = 2
+    """Checkpoints kept; the best model is kept apart, in model/."""
+    resume_from_checkpoint: str | None = None
+    """`last`, or a checkpoint folder of this run."""
+    report_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)
+    """Trackers to write to besides training_log.csv."""
+    demo_corpus: bool = False
+    """Make and prepare the built-in corpus of spoken digits in data_dir when it is not there."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        for name, meaning in (("data_dir", "the folder that prepare.py wrote"), ("output_dir", "the run directory")):
+            if not getattr(self, name):
+                found.append(f"--{name} is missing: name {meaning}")
+        if (self.model_name_or_path is None) == (self.model_config is None):
+            found.append("give either --model_name_or_path or, in the YAML file, model_config")
+        if self.model_config is not None and "model_type" not in self.model_config:
+            found.append("model_config needs the key model_type (wav2vec2, hubert, wavlm)")
+        for name in (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+            "save_total_limit",
+        ):
+            if getattr(self, name) < 1:
+                found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
+        for name in ("warmup_steps", "dataloader_num_workers", "weight_decay", "min_duration_in_seconds"):
+            if getattr(self, name) < 0:
+                found.append(f"--{name} is {getattr(self, name)}, it cannot be negative")
+        for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "max_duration_in_seconds"):
+            if not getattr(self, name) > 0:
+                found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
+        for name in ("max_train_samples", "max_eval_samples", "max_batch_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                found.append(f"--{name} is {value}, it must be above 0")
+        if not 0 < self.train_fraction <= 1:
+            found.append(f"--train_fraction is {self.train_fraction}, it must lie in (0, 1]")
+        if self.max_steps < 1 and self.max_steps != -1:
+            found.append(f"--max_steps is {self.max_steps}, give at least 1, or -1 to count epochs")
+        if self.min_duration_in_seconds > self.max_duration_in_seconds:
+            found.append(
+                f"--min_duration_in_seconds {self.min_duration_in_seconds} is above "
+                f"--max_duration_in_seconds {self.max_duration_in_seconds}"
+            )
+        if not 0 <= self.seed < SEED_LIMIT:
+            found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
+        return found
+
+
+def parse_arguments(config_class: type[Config], arguments: list[str], description: str) -> Config:
+    """The settings of one command: defaults, then the YAML file of `--config`, then flags.
+
+    Raises:
+        UsageError: with every unknown name, value of the wrong type and value out of range in one message.
+    """
+    parser = _build_parser(config_class, description)
+    given, unknown = parser.parse_known_args(arguments)
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    config_path = flags.pop("config", None)
+    known = [field.name for field in dataclasses.fields(config_class)]
+    errors = [_unknown_name(argument, known) for argument in unknown if argument.startswith("-")]
+    if not errors and unknown:
+        errors = [f"{unknown[0]!r} belongs to no flag"]
+    values, yaml_errors = _read_yaml(config_path, known) if config_path else ({}, [])
+    config, value_errors = _build_config(config_class, {**values, **flags})
+    errors += yaml_errors + value_errors
+    if config is not None and not errors:
+        errors = config.errors()
+    if errors:
+        raise UsageError("; ".join(errors))
+    return config
+
+
+def write_config(config: Any, header: str) -> str:
+    """`config.yaml` as text: every setting, with `header` (what the launcher decided) as comments above."""
+    comments = "".join(f"# {line}\n" for line in header.splitlines())
+    return comments + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def field_docstrings(config_class: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, as one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
+    found = {}
+    for field, docstring in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr):
+            found[field.target.id] = " ".join(ast.literal_eval(docstring.value).split())
+    return found
+
+
+def _build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file that sets defaults; flags override it.")
+    docstrings = field_docstrings(config_class)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = hints[field.name]
+        if typing.get_origin(_without_none(kind)) is dict:
+            continue
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        text = f"{docstrings[field.name]} [{_type_name(kind)}, default: {default}]".replace("%", "%%")
+        options: dict[str, Any] = {"help": text, "metavar": "X", "default": None}
+        if _is_list(kind):
+            options["nargs"] = "*"
+        elif kind is bool:
+            options |= {"nargs": "?", "const": "true"}
+            parser.add_argument(
+                f"--no_{field.name}", dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS
+            )
+        parser.add_argument(f"--{field.name}", **options)
+    # argparse's own complaints (a flag without its value) become one line like every other error.
+    parser.error = _raise_usage_error
+    return parser
+
+
+def _raise_usage_error(message: str) -> typing.NoReturn:
+    raise UsageError(f"{message}; --help lists every flag")
+
+
+def _read_yaml(path: str, known: list[str]) -> tuple[dict[str, Any], list[str]]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        return {}, [f"--config {path} cannot be read: {error.strerror}"]
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return {}, [f"--config {path} is not valid YAML: {' '.join(str(error).split())}"]
+    if not isinstance(values, dict):
+        return {}, [f"--config {path} must hold `name: value` lines, found a {type(values).__name__}"]
+    errors = [f"{path}: {_unknown_name(str(name), known)}" for name in values if name not in known]
+    return {name: value for name, value in values.items() if name in known}, errors
+
+
+def _unknown_name(name: str, known: list[str]) -> str:
+    stripped = name.lstrip("-").split("=")[0].replace("-", "_")
+    if stripped in OLDER_NAMES:
+        return f"unknown setting {name}: that is {OLDER_NAMES[stripped]}"
+    nearest = difflib.get_close_matches(stripped, known, n=1, cutoff=0.0)[0]
+    return f"unknown setting {name}: the nearest known one is {nearest}"
+
+
+def _build_config(config_class: type[Config], values: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    hints = typing.get_type_hints(config_class)
+    converted, errors = {}, []
+    for name, value in values.items():
+        try:
+            converted[name] = _convert(value, hints[name])
+        except ValueError:
+            errors.append(f"--{name} is {value!r}, {_type_name(hints[name])} is needed")
+    return (None if errors else config_class(**converted)), errors
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """A value from YAML or from a flag (always text) as `kind`; ValueError when it is not one."""
+    if _without_none(kind) is not kind:
+        if value is None or value in ("none", "null"):
+            return None
+        kind = _without_none(kind)
+    if value is None:
+        raise ValueError
+    if _is_list(kind):
+        items = value if isinstance(value, list) else [value]
+        return [_convert(item, typing.get_args(kind)[0]) for item in items]
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError
+        return value
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError
+        return value
+    return _convert_scalar(value, kind)
+
+
+def _convert_scalar(value: Any, kind: type) -> Any:
+    if isinstance(value, (dict, list)) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise ValueError
+        return str(value).lower() == "true"
+    if kind is int:
+        # YAML reads 1e3 as text and 10_000 as a number; both spellings are allowed on both ways.
+        number = float(value)
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    if kind is float:
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    return str(value)
+
+
+def _without_none(kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        return next(member for member in typing.get_args(kind) if member is not type(None))
+    return kind
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(_without_none(kind)) is list
+
+
+def _type_name(kind: Any) -> str:
+    if _without_none(kind) is not kind:
+        return f"{_type_name(_without_none(kind))} or none"
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(typing.get_args(kind))
+    if _is_list(kind):
+        return f"list of {_type_name(typing.get_args(kind)[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, "a mapping (YAML only)")

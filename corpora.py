@@ -1,0 +1,760 @@
+"""Readers: a corpus in one of the usual layouts as a stream of rows; and the demo corpus of spoken digits.
+
+A reader is a generator that can be started again and keeps nothing per row. It decides nothing about audio: a row says
+where its clip should lie, `AudioLocator` says whether it may and does.
+"""
+
+# os.path instead of pathlib: it runs for every row of corpora with millions of them.
+# ruff: noqa: PTH100, PTH112, PTH116, PTH118
+
+import csv
+import ctypes
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import stat
+import unicodedata
+import wave
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from audio import ClipError, ClipRequest, without_main_module
+from errors import RunFailed, UsageError
+
+SPLITS = ("train", "dev", "test")
+# Every reason of dropped.csv: what it means, and the remedy when it is the reason of most rows.
+DROP_REASONS = {
+    "missing": ("no such file", "check the folder of the clips, or name it with --audio_root"),
+    "outside_corpus": ("the path leads out of the corpus folder", "name the folder it may lead into with --audio_root"),
+    "undecodable": ("libsndfile cannot read it", "WAV, FLAC, Ogg and MP3 are read; convert others with ffmpeg"),
+    "empty": ("no samples", "the audio files hold no sound: unpack or copy the corpus again"),
+    "not_finite": ("NaN or infinite samples", "convert the clips to 16-bit WAV or FLAC again"),
+    "bad_segment": ("offset and duration lie outside the file", "offset and duration must be in seconds"),
+    "too_long": ("longer than 30 minutes", "cut the recordings, or give offset and duration of each utterance"),
+    "no_text": ("the transcript is missing or blank", "name the column that holds it with --text_column_name"),
+    "duplicate_id": ("an earlier row of the split has this id", "give every row an id of its own"),
+    "bad_row": ("the row itself is malformed", "the rows do not fit the header: check separator and quoting"),
+    "held_out_sentence": ("validated.tsv: its sentence is in dev or test", "use --train_split train"),
+    "held_out_speaker": ("validated.tsv: its speaker is in dev or test", "use --train_split train"),
+}
+AUDIO_COLUMNS = ("path", "filename", "file_name", "audio_filepath", "audio_path", "file", "audio", "wav")
+TEXT_COLUMNS = ("text", "sentence", "transcript", "transcription")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+ID_COLUMNS = ("id", "utterance_id", "utt_id")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("dev", "valid", "validation", "val"), "dev"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+# Columns of the prepared data that a metadata column must not collide with.
+OWN_COLUMNS = (
+    *("id", "audio", "num_samples", "text", "speaker", "peak", "silence_fraction", "bandwidth_hz"),
+    *("source_rate_hz", "audio_sha256"),
+)
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".tar.bz2", ".tar.xz", ".zip")
+MAX_CSV_FIELD_CHARACTERS = 10_000_000
+ROWS_TO_FIND_CLIPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row of a corpus.
+
+    id: unique in its split, or the later row is dropped.
+    split: train, dev, test, or None when the corpus does not say.
+    audio_path: as the corpus gives it, relative to the corpus folder (or --audio_root) or absolute.
+    text: None when there is no transcript; ends stripped.
+    problem: reason and detail when the row cannot be used, whatever its audio.
+    """
+
+    id: str
+    split: str | None
+    audio_path: str
+    text: str | None
+    speaker: str
+    metadata: dict[str, str]
+    offset_seconds: float = 0.0
+    duration_seconds: float | None = None
+    problem: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus that was recognised: `read()` starts a new pass over its rows."""
+
+    kind: str
+    folder: Path
+    read: Callable[[], Iterator[SourceRow]]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """What the user says about columns (None: the usual names)."""
+
+    audio: str | None = None
+    text: str | None = None
+
+
+def open_corpus(
+    path: Path,
+    train_split: str = "train",
+    audio_column_name: str | None = None,
+    text_column_name: str | None = None,
+) -> Corpus:
+    """Recognise the corpus at `path`; a header is read, no row.
+
+    Raises:
+        UsageError: nothing there, not a corpus, an archive, a header without the columns needed.
+    """
+    names = ColumnNames(audio_column_name, text_column_name)
+    _refuse_archive(path)
+    if not path.exists():
+        raise UsageError(f"--corpus {path} does not exist: name a corpus folder, a manifest, or `demo`")
+    if path.is_file():
+        if path.suffix.lower() not in MANIFEST_SUFFIXES:
+            raise UsageError(f"--corpus {path} is not a manifest: {', '.join(MANIFEST_SUFFIXES)} or a folder is needed")
+        corpus = _open_tables("manifest", path.parent, [_Table(path, None)], names)
+    else:
+        corpus = _open_folder(path, train_split, names)
+    ignored = {
+        "--train_split validated": train_split == "validated" and corpus.kind != "common_voice",
+        "--audio_column_name": audio_column_name and corpus.kind == "librispeech",
+        "--text_column_name": text_column_name and corpus.kind == "librispeech",
+    }
+    notes = tuple(f"{flag} is ignored: the corpus is {corpus.kind}" for flag, yes in ignored.items() if yes)
+    return Corpus(corpus.kind, corpus.folder, corpus.read, corpus.notes + notes)
+
+
+class AudioLocator:
+    """Finds the file of a row and refuses what leads out of the corpus folder and of `audio_root`."""
+
+    def __init__(self, folder: Path, audio_root: str | None) -> None:
+        self._bases = [os.path.abspath(folder)]
+        if audio_root is not None:
+            if not os.path.isdir(audio_root):
+                raise UsageError(f"--audio_root {audio_root} is not a folder: name the one that holds the audio")
+            self._bases.append(os.path.abspath(audio_root))
+        self._roots = [os.path.join(os.path.realpath(base), "") for base in self._bases]
+        self._real_folder = functools.lru_cache(maxsize=1024)(os.path.realpath)
+
+    def locate(self, row: SourceRow) -> tuple[ClipRequest, int]:
+        """The clip of a row, and its file's modification time in ns; relative paths are tried in each base.
+
+        Raises:
+            ClipError: missing, outside_corpus or undecodable.
+        """
+        if not row.audio_path:
+            raise ClipError("missing", "the row has no path")
+        errors = []
+        for base in self._bases:
+            try:
+                path, facts = self._check(os.path.join(base, row.audio_path))
+                return ClipRequest(path, row.offset_seconds, row.duration_seconds, facts.st_size), facts.st_mtime_ns
+            except ClipError as error:
+                errors.append(error)
+        raise errors[-1] if errors[-1].reason == "outside_corpus" else errors[0]
+
+    def _check(self, path: str) -> tuple[str, os.stat_result]:
+        folder, name = os.path.split(path)
+        real = os.path.join(self._real_folder(folder), name) if name not in ("", ".", "..") else os.path.realpath(path)
+        self._check_inside(real)
+        try:
+            facts = os.lstat(real)
+            if stat.S_ISLNK(facts.st_mode):
+                real = os.path.realpath(real)
+                self._check_inside(real)
+                facts = os.stat(real)
+        except OSError as error:
+            raise ClipError("missing", f"{path}: {error.strerror}") from None
+        if not stat.S_ISREG(facts.st_mode):
+            raise ClipError("undecodable", f"{path} is not a regular file")
+        return real, facts
+
+    def _check_inside(self, real: str) -> None:
+        if not real.startswith(tuple(self._roots)):
+            raise ClipError("outside_corpus", real)
+
+
+def sentence_key(text: str) -> str:
+    """What makes two transcripts the same sentence: letters, marks and numbers, case folded."""
+    folded = unicodedata.normalize("NFC", text).casefold()
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded).split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layout
+
+
+def _refuse_archive(path: Path) -> None:
+    suffix = next((suffix for suffix in ARCHIVE_SUFFIXES if path.name.lower().endswith(suffix)), None)
+    if suffix is not None and not path.is_dir():
+        command = f"unzip {path}" if suffix == ".zip" else f"tar -xf {path} -C {path.parent}"
+        raise UsageError(f"--corpus {path} is an archive: unpack it with `{command}` and name the unpacked folder")
+
+
+def _open_folder(folder: Path, train_split: str, names: ColumnNames) -> Corpus:
+    tables = _split_tables(folder)
+    if (folder / "validated.tsv").is_file() or any("client_id" in _header(table.path) for table in tables):
+        return _open_common_voice(folder, tables, train_split, names)
+    first_version = [
+        _Table(folder / f"cv-valid-{split}.csv", split)
+        for split in SPLITS
+        if (folder / f"cv-valid-{split}.csv").is_file()
+    ]
+    if first_version:
+        tables = [_find_first_version_clips(table) for table in first_version]
+        return _open_tables("common_voice_1", folder, tables, names)
+    if tables:
+        return _open_tables("manifest", folder, tables, names)
+    for root in (folder, folder / "LibriSpeech"):
+        if _librispeech_subsets(root):
+            return Corpus("librispeech", root, functools.partial(_read_librispeech, root))
+    return _open_only_manifest(folder, names)
+
+
+def _open_only_manifest(folder: Path, names: ColumnNames) -> Corpus:
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in MANIFEST_SUFFIXES and path.is_file())
+    named = [path for path in found if path.stem.lower() == "manifest"]
+    chosen = named if len(named) == 1 else found
+    if len(chosen) == 1:
+        return _open_tables("manifest", folder, [_Table(chosen[0], None)], names)
+    if found:
+        listed = ", ".join(path.name for path in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise UsageError(f"--corpus {folder} holds {len(found)} manifests ({listed}): name one of them")
+    for path in sorted(folder.iterdir()):
+        _refuse_archive(path)
+        if path.is_dir() and _split_tables(path):
+            raise UsageError(f"--corpus {folder} holds no corpus, its folder {path.name} does: name --corpus {path}")
+    raise UsageError(
+        f"--corpus {folder} holds no train.tsv (Common Voice), no manifest (.csv, .tsv, .jsonl) and no "
+        "*/*/*.trans.txt (LibriSpeech): name the folder that does"
+    )
+
+
+def _split_tables(folder: Path) -> list["_Table"]:
+    """`train.tsv`, `dev.tsv` and `test.tsv`, or the same as .csv or .jsonl, under their usual names."""
+    for suffix in (".tsv", ".csv", ".jsonl", ".json"):
+        found: dict[str, Path] = {}
+        for name, split in SPLIT_NAMES.items():
+            path = folder / f"{name}{suffix}"
+            if path.is_file() and split in found:
+                raise UsageError(f"{found[split]} and {path} are both the {split} split: remove or rename one")
+            if path.is_file():
+                found[split] = path
+        if found:
+            return [_Table(found[split], split) for split in SPLITS if split in found]
+    return []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Common Voice
+
+
+def _open_common_voice(folder: Path, tables: list["_Table"], train_split: str, names: ColumnNames) -> Corpus:
+    tables = [_Table(table.path, table.split, "clips") for table in tables]
+    if train_split == "train":
+        if all(table.split != "train" for table in tables):
+            raise UsageError(f"--corpus {folder} holds no train.tsv: use --train_split validated")
+        return _open_tables("common_voice", folder, tables, names)
+    if not (folder / "validated.tsv").is_file():
+        raise UsageError(f"--train_split validated: {folder} holds no validated.tsv; use --train_split train")
+    validated = [_Table(folder / "validated.tsv", "train", "clips")]
+    held_out = [table for table in tables if table.split != "train"]
+    read_validated = _open_tables("common_voice", folder, validated, names).read
+    read_held_out = _open_tables("common_voice", folder, held_out, names).read
+    return Corpus("common_voice", folder, functools.partial(_read_validated, read_validated, read_held_out))
+
+
+def _read_validated(
+    read_validated: Callable[[], Iterator[SourceRow]], read_held_out: Callable[[], Iterator[SourceRow]]
+) -> Iterator[SourceRow]:
+    """All of validated.tsv less the sentences and speakers of dev and test, then dev and test as they are."""
+    sentences, speakers = set(), set()
+    for row in read_held_out():
+        sentences.add(hash(sentence_key(row.text or "")))
+        speakers.add(hash(row.speaker))
+    speakers.discard(hash(""))
+    for row in read_validated():
+        if row.problem is None and hash(sentence_key(row.text or "")) in sentences:
+            row = replace(row, problem=("held_out_sentence", "its sentence is in dev or test"))
+        elif row.problem is None and hash(row.speaker) in speakers:
+            row = replace(row, problem=("held_out_speaker", "its speaker is in dev or test"))
+        yield row
+    yield from read_held_out()
+
+
+def _find_first_version_clips(table: "_Table") -> "_Table":
+    """Version 1 names clips `cv-valid-train/x.mp3`, unpacked beside the CSV or once more below a folder like it."""
+    base, stem = table.path.parent, table.path.stem
+    rows = itertools.islice(_read_cells(table.path), ROWS_TO_FIND_CLIPS)
+    paths = [cells.get("filename", "") for cells, _ in rows if isinstance(cells, dict)]
+    for audio_folder in ("", stem, f"{stem}/{stem}"):
+        if any(path and (base / audio_folder / path).is_file() for path in paths):
+            return _Table(table.path, table.split, audio_folder)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: CSV (quoted as usual), TSV (never quoted, as Common Voice writes it), JSON Lines
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A file of rows, the split it stands for (None: a column may say) and the folder put before its audio paths."""
+
+    path: Path
+    split: str | None
+    audio_folder: str = ""
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which column holds what, and the names under which the others are kept."""
+
+    audio: str
+    text: str
+    speaker: str | None
+    id: str | None
+    split: str | None
+    offset: str | None
+    duration: str | None
+    metadata: dict[str, str]
+
+
+def _open_tables(kind: str, folder: Path, tables: list[_Table], names: ColumnNames) -> Corpus:
+    for table in tables:
+        _find_columns(_header(table.path), table, names)
+    # Common Voice has no segments; a `duration` there describes the clip.
+    segments = kind == "manifest"
+    return Corpus(kind, folder, functools.partial(_read_tables, tables, names, segments))
+
+
+def _read_tables(tables: list[_Table], names: ColumnNames, segments: bool) -> Iterator[SourceRow]:
+    for table in tables:
+        is_json = table.path.suffix.lower() in (".jsonl", ".json")
+        columns = _find_columns(_header(table.path), table, names)
+        keys = None
+        for cells, line in _read_cells(table.path):
+            # The first line of a JSONL file says which names are used; other keys may come and go.
+            if is_json and isinstance(cells, dict) and cells.keys() != keys:
+                keys = cells.keys()
+                columns = _with_optional(columns, list(keys))
+            yield _row(cells, line, columns, table, segments)
+
+
+def _row(cells: dict[str, str] | str, line: int, columns: _Columns, table: _Table, segments: bool) -> SourceRow:
+    if isinstance(cells, str):
+        split = table.split or ("train" if columns and columns.split else None)
+        return SourceRow(f"{table.path.name}:{line}", split, "", None, "", {}, problem=("bad_row", cells))
+    path = cells.get(columns.audio, "").strip()
+    offset, duration, problem = _segment(cells, columns) if segments else (0.0, None, None)
+    row_id = cells.get(columns.id, "").strip() if columns.id else ""
+    if not row_id:
+        row_id = path or f"{table.path.name}:{line}"
+        row_id += f"#{cells[columns.offset].strip()}" if segments and cells.get(columns.offset or "") else ""
+    if table.audio_folder and path:
+        # Common Voice before version 4 leaves the suffix out.
+        path = f"{table.audio_folder}/{path if Path(path).suffix else path + '.mp3'}"
+    text = cells.get(columns.text)
+    blank_is_missing = table.path.suffix.lower() in (".csv", ".tsv")
+    return SourceRow(
+        id=row_id,
+        split=table.split or _split_name(cells, line, columns, table),
+        audio_path=path,
+        text=None if text is None or (blank_is_missing and not text.strip()) else text.strip(),
+        speaker=cells.get(columns.speaker, "").strip() if columns.speaker else "",
+        metadata={kept: cells[name] for name, kept in columns.metadata.items() if name in cells},
+        offset_seconds=offset,
+        duration_seconds=duration,
+        problem=problem,
+    )
+
+
+def _split_name(cells: dict[str, str], line: int, columns: _Columns, table: _Table) -> str | None:
+    if columns.split is None:
+        return None
+    value = cells.get(columns.split, "").strip()
+    if value.lower() not in SPLIT_NAMES:
+        raise UsageError(
+            f"{table.path} line {line}: the split is {value!r}, known are {', '.join(SPLIT_NAMES)}: "
+            "rename it or remove the row"
+        )
+    return SPLIT_NAMES[value.lower()]
+
+
+def _segment(cells: dict[str, str], columns: _Columns) -> tuple[float, float | None, tuple[str, str] | None]:
+    numbers = []
+    for name, lowest_allowed in ((columns.offset, True), (columns.duration, False)):
+        value = cells.get(name or "", "").strip()
+        try:
+            number = float(value) if value else None
+        except ValueError:
+            number = math.nan
+        if number is not None and not (0 < number < math.inf or (number == 0 and lowest_allowed)):
+            return 0.0, None, ("bad_row", f"{name} is {value!r}, seconds are needed")
+        numbers.append(number)
+    return numbers[0] or 0.0, numbers[1], None
+
+
+def _find_columns(header: list[str], table: _Table, names: ColumnNames) -> _Columns:
+    for name in header:
+        if header.count(name) > 1:
+            raise UsageError(f"{table.path} has two columns named {name!r}: rename one")
+    split = None if table.split else _find(header, ("split",))
+    audio = _need(header, table, "--audio_column_name", names.audio, AUDIO_COLUMNS)
+    text = _need(header, table, "--text_column_name", names.text, TEXT_COLUMNS)
+    return _with_optional(_Columns(audio, text, None, None, split, None, None, {}), header)
+
+
+def _find(header: list[str], usual: tuple[str, ...]) -> str | None:
+    by_lower_name = {name.strip().lower(): name for name in reversed(header)}
+    return next((by_lower_name[name] for name in usual if name in by_lower_name), None)
+
+
+def _need(header: list[str], table: _Table, flag: str, wanted: str | None, usual: tuple[str, ...]) -> str:
+    found = _find(header, usual) if wanted is None else (wanted if wanted in header else None)
+    if found is None:
+        what = f"column {wanted!r}" if wanted else f"column named {', '.join(usual)}"
+        listed = ", ".join(header[:30])
+        raise UsageError(f"{table.path} has no {what}; it has {listed}: name the right one with {flag}")
+    return found
+
+
+def _with_optional(columns: _Columns, header: list[str]) -> _Columns:
+    """The same columns with those that a row may lack, and the names under which all others are kept."""
+    speaker, row_id = (_find(header, usual) for usual in (SPEAKER_COLUMNS, ID_COLUMNS))
+    kept: dict[str, str] = {}
+    for position, name in enumerate(header):
+        if name in (columns.text, speaker, row_id, columns.split):
+            continue
+        own_name = name.strip() or f"column_{position + 1}"
+        while own_name in OWN_COLUMNS or own_name in kept.values():
+            own_name = f"corpus_{own_name}"
+        kept[name] = own_name
+    offset, duration = (_find(header, (usual,)) for usual in ("offset", "duration"))
+    return replace(columns, speaker=speaker, id=row_id, offset=offset, duration=duration, metadata=kept)
+
+
+def _header(path: Path) -> list[str]:
+    """Column names of a CSV or TSV file, keys of the first object of a JSONL file."""
+    if path.suffix.lower() in (".jsonl", ".json"):
+        cells = next((cells for cells, _ in _read_cells(path) if isinstance(cells, dict)), None)
+        if cells is None:
+            raise UsageError(
+                f"{path} holds no JSON object: one per line is needed (`jq -c '.[]'` makes them of a list)"
+            )
+        return list(cells)
+    rows = _read_csv_lines(path) if path.suffix.lower() == ".csv" else _read_tsv_lines(path)
+    header = next((row for row, _ in rows), None)
+    if header is None:
+        raise UsageError(f"{path} is empty: a header line with column names is needed")
+    return header
+
+
+def _read_cells(path: Path) -> Iterator[tuple[dict[str, str] | str, int]]:
+    """Cells by column name, or what is wrong with the row; and its line number."""
+    if path.suffix.lower() in (".jsonl", ".json"):
+        yield from _read_json_lines(path)
+        return
+    rows = _read_csv_lines(path) if path.suffix.lower() == ".csv" else _read_tsv_lines(path)
+    header: list[str] | None = None
+    for row, line in rows:
+        if header is None:
+            header = row
+        elif len(row) != len(header):
+            yield f"line {line} has {len(row)} columns, the header has {len(header)}", line
+        elif any("\0" in cell for cell in row):
+            yield f"line {line} holds a NUL character", line
+        else:
+            yield dict(zip(header, row, strict=True)), line
+
+
+def _read_tsv_lines(path: Path) -> Iterator[tuple[list[str], int]]:
+    for line, number in _read_lines(path):
+        if line.strip():
+            yield line.rstrip("\r\n").split("\t"), number
+
+
+def _read_csv_lines(path: Path) -> Iterator[tuple[list[str], int]]:
+    csv.field_size_limit(MAX_CSV_FIELD_CHARACTERS)
+    rows = csv.reader((line for line, _ in _read_lines(path)), strict=True)
+    try:
+        for row in rows:
+            if row:
+                yield row, rows.line_num
+    except csv.Error as error:
+        raise UsageError(f"{path} line {rows.line_num} is not valid CSV ({error}): mend the quoting there") from None
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[dict[str, str] | str, int]]:
+    for line, number in _read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                yield f"line {number} holds no JSON object", number
+                continue
+            cells = {name: _as_text(cell) for name, cell in value.items() if cell is not None}
+            "".join((*cells, *cells.values())).encode()
+        except (ValueError, RecursionError) as error:
+            # UnicodeEncodeError is a ValueError: an escaped half of a surrogate pair is no text.
+            yield f"line {number} is not valid JSON: {error}", number
+            continue
+        yield (
+            (f"line {number} holds a NUL character" if any("\0" in cell for cell in cells.values()) else cells),
+            number,
+        )
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Lines as text with their numbers; a byte order mark is dropped. Only a line feed ends a line."""
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8"), number
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UsageError(
+            f"{path} is not UTF-8: byte 0x{byte:02x} in line {number}: "
+            f"convert it, `iconv -f ENCODING -t UTF-8 {path.name}` (ENCODING: WINDOWS-1252, UTF-16, ...)"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LibriSpeech
+
+
+def _librispeech_subsets(root: Path) -> list[tuple[Path, str | None]]:
+    """Subset folders with the split that each stands for; `root` itself may be a subset."""
+    if not root.is_dir():
+        return []
+    if next(root.glob("*/*/*.trans.txt"), None) is not None:
+        return [(root, SPLIT_NAMES.get(root.name.split("-")[0].lower()))]
+    found = []
+    for folder in sorted(root.iterdir()):
+        split = SPLIT_NAMES.get(folder.name.split("-")[0].lower())
+        if split and folder.is_dir() and next(folder.glob("*/*/*.trans.txt"), None) is not None:
+            found.append((folder, split))
+    return found
+
+
+def _read_librispeech(root: Path) -> Iterator[SourceRow]:
+    for subset, split in _librispeech_subsets(root):
+        for speaker in sorted(path for path in subset.iterdir() if path.is_dir()):
+            for transcripts in sorted(speaker.glob("*/*.trans.txt")):
+                yield from _read_chapter(root, subset, split, transcripts)
+
+
+def _read_chapter(root: Path, subset: Path, split: str | None, transcripts: Path) -> Iterator[SourceRow]:
+    folder = transcripts.parent
+    suffix = ".flac" if next(folder.glob("*.flac"), None) else ".wav"
+    metadata = {"subset": subset.name, "chapter": folder.name}
+    for line, _ in _read_lines(transcripts):
+        row_id, _, text = line.strip().partition(" ")
+        if row_id:
+            audio_path = str((folder / f"{row_id}{suffix}").relative_to(root))
+            yield SourceRow(row_id, split, audio_path, text.strip() or None, folder.parent.name, metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo corpus
+
+
+@dataclass(frozen=True)
+class DemoCorpus:
+    """Spoken digit strings by espeak-ng: what is said, by whom, how varied."""
+
+    num_train_clips: int = 1200
+    num_dev_clips: int = 80
+    """Strings unseen in training, voices of training."""
+    num_test_strings: int = 80
+    """Strings unseen in training, each spoken by one voice of training and by the unseen voice."""
+    train_voices: tuple[str, ...] = (
+        "en-us",
+        "en-us+f2",
+        "en-us+m7",
+        "en-us+f4",
+        "en-us+m3",
+        "en-gb-scotland",
+        "en-029",
+        "en-gb-x-rp",
+    )
+    unseen_voice: str = "en-us+f3"
+    words_per_minute: tuple[int, int] = (145, 185)
+    pitch: tuple[int, int] = (40, 60)
+    """espeak-ng's scale of 0 to 99."""
+    max_digits: int = 4
+    seed: int = 0
+
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Share of the strings of two and more digits that never occur in training, half for dev, half for test.
+HELD_OUT_SHARE = 0.3
+DEMO_MANIFEST = "manifest.csv"
+DEMO_SETTINGS = "demo.json"
+ESPEAK_SYNCHRONOUS, ESPEAK_RATE, ESPEAK_PITCH, ESPEAK_UTF8 = 2, 1, 3, 1
+
+
+ESPEAK_NOISE_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Speech:
+    path: str
+    split: str
+    text: str
+    voice: str
+    words_per_minute: int
+    pitch: int
+
+
+def make_demo_corpus(folder: Path, demo: DemoCorpus | None = None) -> None:
+    """Write WAV files and manifest.csv (path, text, speaker, split) into `folder`, which appears whole or not at all.
+
+    A folder with the same corpus is left alone. The same settings give the same samples on every run.
+
+    Raises:
+        UsageError: the extra `demo` is not installed, or `folder` holds another corpus.
+    """
+    demo = demo or DemoCorpus()
+    settings = json.dumps(asdict(demo), indent=1)
+    if folder.exists():
+        found = (folder / DEMO_SETTINGS).read_text() if (folder / DEMO_SETTINGS).is_file() else ""
+        if found != settings:
+            raise UsageError(f"{folder} holds another corpus than this demo: delete it or use another folder")
+        return
+    library, data = _find_espeak()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "wav").mkdir(parents=True)
+    speeches = _plan_demo(demo)
+    # espeak-ng is not thread safe and carries state from clip to clip: a fresh process repeats exactly.
+    with (
+        without_main_module(),
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor,
+    ):
+        executor.submit(_speak, temporary, speeches, library, data).result()
+    with (temporary / DEMO_MANIFEST).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "text", "speaker", "split"))
+        writer.writerows((speech.path, speech.text, speech.voice, speech.split) for speech in speeches)
+    (temporary / DEMO_SETTINGS).write_text(settings)
+    temporary.rename(folder)
+
+
+def _find_espeak() -> tuple[str, str]:
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise UsageError(
+            "the demo corpus is spoken by espeak-ng, which is not installed: pip install -e '.[demo]'"
+        ) from None
+    return espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+
+
+def _plan_demo(demo: DemoCorpus) -> list[_Speech]:
+    """What each clip says and how, ordered by voice (changing the voice is slow)."""
+    rng = random.Random(demo.seed)
+    training, dev, test = _digit_strings(demo, rng)
+    voices = demo.train_voices
+    plan = []
+    for clip in range(demo.num_train_clips):
+        strings = training[clip // len(voices) % len(training)]
+        plan.append((voices[clip % len(voices)], "train", rng.choice(strings)))
+    plan += [(voices[clip % len(voices)], "dev", text) for clip, text in enumerate(dev)]
+    plan += [(voices[clip % len(voices)], "test", text) for clip, text in enumerate(test)]
+    plan += [(demo.unseen_voice, "test", text) for text in test]
+    return [
+        _Speech(
+            path=f"wav/{number:05d}.wav",
+            split=split,
+            text=" ".join(DIGIT_WORDS[int(digit)] for digit in digits),
+            voice=voice,
+            words_per_minute=rng.randint(*demo.words_per_minute),
+            pitch=rng.randint(*demo.pitch),
+        )
+        for number, (voice, split, digits) in enumerate(sorted(plan))
+    ]
+
+
+def _digit_strings(demo: DemoCorpus, rng: random.Random) -> tuple[list[list[str]], list[str], list[str]]:
+    """Training strings by length, dev strings, test strings; no string is in two of them.
+
+    All single digits are for training; dev and test take lengths in turn, as long as there are strings left.
+    """
+    training = [[str(digit) for digit in range(10)]]
+    held_out: list[list[str]] = []
+    for length in range(2, demo.max_digits + 1):
+        strings = [f"{number:0{length}d}" for number in range(10**length)]
+        rng.shuffle(strings)
+        count = int(HELD_OUT_SHARE * len(strings))
+        held_out.append(strings[:count])
+        training.append(strings[count:])
+    taken = []
+    for clip in range(demo.num_dev_clips + demo.num_test_strings):
+        pools = held_out[clip % len(held_out) :] + held_out
+        taken.append(next(pool for pool in pools if pool).pop())
+    rng.shuffle(taken)
+    return training, taken[: demo.num_dev_clips], taken[demo.num_dev_clips :]
+
+
+def _speak(folder: Path, speeches: list[_Speech], library: str, data: str) -> None:
+    """Synthesise every speech; runs in a process of its own."""
+    espeak = ctypes.CDLL(library)
+    rate_hz = espeak.espeak_Initialize(ESPEAK_SYNCHRONOUS, 0, data.encode(), 0)
+    _check_espeak("espeak_Initialize", 0 if rate_hz > 0 else rate_hz)
+    # Breathy voices (f2, f3, f5) add noise, which is seeded with the time unless told otherwise.
+    espeak.espeak_ng_SetRandSeed(ctypes.c_long(ESPEAK_NOISE_SEED))
+    samples: list[bytes] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+    def keep(block: int | None, num_samples: int, _events: int) -> int:
+        if block and num_samples > 0:
+            samples.append(ctypes.string_at(block, 2 * num_samples))
+        return 0
+
+    espeak.espeak_SetSynthCallback(keep)
+    voice = None
+    for speech in speeches:
+        if speech.voice != voice:
+            # An unknown voice returns 2 and the last voice goes on speaking.
+            _check_espeak(f"voice {speech.voice!r}", espeak.espeak_SetVoiceByName(speech.voice.encode()))
+            voice = speech.voice
+        espeak.espeak_SetParameter(ESPEAK_RATE, speech.words_per_minute, 0)
+        espeak.espeak_SetParameter(ESPEAK_PITCH, speech.pitch, 0)
+        text = speech.text.encode() + b"\0"
+        samples.clear()
+        _check_espeak("espeak_Synth", espeak.espeak_Synth(text, len(text), 0, 1, 0, ESPEAK_UTF8, None, None))
+        _write_wav(folder / speech.path, b"".join(samples), rate_hz)
+
+
+def _check_espeak(what: str, status: int) -> None:
+    if status != 0:
+        raise RunFailed(f"espeak-ng: {what} failed with status {status}: install the extra again, '.[demo]'")
+
+
+def _write_wav(path: Path, samples: bytes, rate_hz: int) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate_hz)
+        file.writeframes(samples)
+    # A fixed time, so that the same corpus made again agrees with what was prepared from it.
+    os.utime(path, (0, 0))

@@ -1,0 +1,512 @@
+"""Prepared shards as a map-style dataset, the plan of updates, and padding.
+
+Dimension letters: B utterances of a micro-batch, S samples, T frames, H hidden size, L labels of a micro-batch.
+
+The update comes first: `BatchPlan` lays out global updates as a pure function of (seed, epoch, utterances per update);
+ranks and micro-batches are cuts of an update (`cut_update`), so another number of processes, a smaller memory or a
+resume changes the cuts and never the updates.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from errors import UsageError
+from model import draw_masks, num_frames
+from text import TextNormalizer, Vocabulary
+
+SAMPLE_RATE_HZ = 16_000
+INT16_SCALE = 1 / 32_768
+SCHEMA_VERSION = 1
+# Length-sorted inside windows of this many updates: padding of 2 to 3 %, and a new partition every epoch.
+UPDATES_PER_BUCKET = 64
+# Same constant as transformers' Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm.
+VARIANCE_FLOOR = 1e-7
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One row of a shard: 16 kHz int16 audio of shape [S] (a view of the mapped file) and the text as found."""
+
+    id: str
+    audio: np.ndarray
+    text: str
+
+
+class ShardDataset(Dataset):
+    """All parts of one split, memory-mapped; holds a few numpy arrays and no audio.
+
+    Args:
+        folder: `OUT/train`, `OUT/dev` or `OUT/test` as prepare.py wrote it.
+
+    Raises:
+        UsageError: the folder is missing, empty or of another schema, or a part has not the size it was written with.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self._parts = _find_parts(self.folder)
+        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        lengths, starts, owners, positions, row = [], [], [], [], 0
+        for part in range(len(self._parts)):
+            reader = _open_part(self._parts[part], columns=("num_samples",))
+            for position in range(reader.num_record_batches):
+                column = reader.get_batch(position).column("num_samples").to_numpy()
+                lengths.append(column)
+                starts.append(row)
+                owners.append(part)
+                positions.append(position)
+                row += len(column)
+        self.num_samples = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
+        self._batch_starts = np.asarray(starts, np.int64)
+        self._batch_parts = np.asarray(owners, np.int32)
+        self._batch_positions = np.asarray(positions, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.num_samples)
+
+    def __getitem__(self, row: int) -> Utterance:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        batch, offset = self._locate(row)
+        audio = batch.column("audio")
+        start, stop = audio.offsets[offset].as_py(), audio.offsets[offset + 1].as_py()
+        samples = audio.values[start:stop].to_numpy(zero_copy_only=True)
+        return Utterance(batch.column("id")[offset].as_py(), samples, batch.column("text")[offset].as_py())
+
+    def __getstate__(self) -> dict:
+        # Readers hold mapped memory and are opened again by each worker.
+        return self.__dict__ | {"_readers": {}}
+
+    @property
+    def seconds(self) -> float:
+        """Audio of the split in seconds."""
+        return float(self.num_samples.sum(dtype=np.int64)) / SAMPLE_RATE_HZ
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns, metadata of the corpus included."""
+        return _open_part(self._parts[0]).schema.names
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One hash over the checksums of the parts."""
+        checksums = [json.loads((part / "part.json").read_text())["sha256"] for part in self._parts]
+        return hashlib.sha256("".join(checksums).encode()).hexdigest()
+
+    def column(self, name: str) -> Iterator[str]:
+        """The values of one column in row order, read part by part.
+
+        Raises:
+            UsageError: when the corpus has no such column.
+        """
+        if name not in self.column_names:
+            raise UsageError(f"{self.folder} has no column {name!r}; it has {', '.join(self.column_names)}")
+        for part in self._parts:
+            reader = _open_part(part, columns=(name,))
+            for position in range(reader.num_record_batches):
+                yield from reader.get_batch(position).column(name).to_pylist()
+
+    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+        batch = int(np.searchsorted(self._batch_starts, row, side="right")) - 1
+        part = int(self._batch_parts[batch])
+        if part not in self._readers:
+            self._readers[part] = _open_part(self._parts[part])
+        record_batch = self._readers[part].get_batch(int(self._batch_positions[batch]))
+        return record_batch, row - int(self._batch_starts[batch])
+
+
+def _find_parts(folder: Path) -> list[Path]:
+    parts = sorted(folder.glob("part_*"), key=lambda part: int(part.name.removeprefix("part_") or 0))
+    if not parts:
+        raise UsageError(
+            f"{folder} holds no prepared data: run python prepare.py --corpus ... --data_dir {folder.parent}"
+        )
+    expected = [f"part_{number}" for number in range(1, len(parts) + 1)]
+    if [part.name for part in parts] != expected:
+        missing = sorted(set(expected) - {part.name for part in parts})
+        raise UsageError(f"{folder} lacks {', '.join(missing)}: run prepare.py again, it makes what is missing")
+    return parts
+
+
+def _open_part(part: Path, columns: tuple[str, ...] | None = None) -> pa.ipc.RecordBatchFileReader:
+    """Map `data.arrow`; with `columns`, only those are visible and touched."""
+    try:
+        facts = json.loads((part / "part.json").read_text())
+        if facts["schema_version"] != SCHEMA_VERSION:
+            raise UsageError(
+                f"{part} has schema {facts['schema_version']}, this version reads {SCHEMA_VERSION}: prepare again"
+            )
+        size = (part / "data.arrow").stat().st_size
+        if size != facts["data_bytes"]:
+            raise UsageError(
+                f"{part}/data.arrow has {size} bytes of {facts['data_bytes']}: delete {part}, run prepare.py again"
+            )
+        source = pa.memory_map(str(part / "data.arrow"))
+        reader = pa.ipc.open_file(source)
+        if columns is None:
+            return reader
+        included = [reader.schema.get_field_index(name) for name in columns]
+        return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=included))
+    except (OSError, KeyError, json.JSONDecodeError, pa.ArrowInvalid) as error:
+        raise UsageError(f"{part} is damaged ({error}): delete it and run prepare.py again") from error
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The updates of a run: which utterances belong to which optimizer step, for every number of processes.
+
+    Attributes:
+        rows: dataset rows that take part, [N].
+        num_samples: their lengths, [N].
+        utterances_per_update: size of every update but the last of an epoch, which takes what is left.
+        seed: decides the order together with the epoch.
+    """
+
+    rows: np.ndarray
+    num_samples: np.ndarray
+    utterances_per_update: int
+    seed: int
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of one pass."""
+        return math.ceil(len(self.rows) / self.utterances_per_update)
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Positions in `rows` for one epoch, [N]; update u is the slice [u * size, (u + 1) * size).
+
+        A random order, sorted by length inside windows of UPDATES_PER_BUCKET updates, with the order of the full
+        updates shuffled; the short last update is drawn at random too.
+        """
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.rows))
+        size = self.utterances_per_update
+        num_full = len(order) // size
+        full, rest = order[: num_full * size], order[num_full * size :]
+        window = size * UPDATES_PER_BUCKET
+        for start in range(0, len(full), window):
+            part = full[start : start + window]
+            full[start : start + window] = part[np.argsort(self.num_samples[part], kind="stable")]
+        shuffled = full.reshape(num_full, size)[rng.permutation(num_full)]
+        return np.concatenate([shuffled.reshape(-1), rest])
+
+    def updates(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Yield (step, epoch, positions) for the optimizer steps first_step .. last_step - 1, counted from 0.
+
+        The position in the data is the step itself, so a resume costs one epoch's permutation and no skipping.
+        """
+        epoch, order = -1, np.zeros(0, np.int64)
+        for step in range(first_step, last_step):
+            if step // self.updates_per_epoch != epoch:
+                epoch = step // self.updates_per_epoch
+                order = self.epoch_order(epoch)
+            start = step % self.updates_per_epoch * self.utterances_per_update
+            yield step, epoch, order[start : start + self.utterances_per_update]
+
+
+def cut_update(
+    num_samples: np.ndarray, num_processes: int, max_utterances: int, max_batch_samples: float | None = None
+) -> list[list[np.ndarray]]:
+    """Cut one update into micro-batches: `cuts[micro_step][rank]` holds positions into `num_samples`.
+
+    Sorted by length, longest first, so that rows of a micro-batch pad little and the ranks of a micro-step do like
+    work. Every rank gets the same number of micro-batches; a cut may be empty when there are fewer utterances than
+    ranks.
+
+    Args:
+        num_samples: lengths of the utterances of the update.
+        num_processes: ranks that share the update.
+        max_utterances: limit of a micro-batch when `max_batch_samples` is None.
+        max_batch_samples: limit of rows x longest row; one longer utterance forms a micro-batch of its own.
+    """
+    order = np.argsort(-num_samples.astype(np.int64), kind="stable")
+    if max_batch_samples is None:
+        num_chunks = math.ceil(len(order) / (max_utterances * num_processes)) * num_processes
+        chunks = np.array_split(order, num_chunks)
+    else:
+        chunks = _chunks_by_samples(order, num_samples, max_batch_samples)
+        chunks = _pad_chunks(chunks, num_samples, num_processes)
+    return [chunks[start : start + num_processes] for start in range(0, len(chunks), num_processes)]
+
+
+def _chunks_by_samples(order: np.ndarray, num_samples: np.ndarray, max_batch_samples: float) -> list[np.ndarray]:
+    chunks, start = [], 0
+    while start < len(order):
+        count = max(1, int(max_batch_samples // max(1, num_samples[order[start]])))
+        chunks.append(order[start : start + count])
+        start += count
+    return chunks
+
+
+def _pad_chunks(chunks: list[np.ndarray], num_samples: np.ndarray, num_processes: int) -> list[np.ndarray]:
+    """Split the heaviest chunks until every rank has as many; empty ones where nothing is left to split."""
+    chunks = list(chunks)
+    while len(chunks) % num_processes:
+        weights = [len(chunk) * int(num_samples[chunk[0]]) if len(chunk) > 1 else 0 for chunk in chunks]
+        heaviest = int(np.argmax(weights))
+        if weights[heaviest] == 0:
+            chunks.append(np.zeros(0, np.int64))
+            continue
+        half = math.ceil(len(chunks[heaviest]) / 2)
+        chunks[heaviest : heaviest + 1] = [chunks[heaviest][:half], chunks[heaviest][half:]]
+    return chunks
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One padded micro-batch.
+
+    Attributes:
+        ids: of the utterances, B.
+        texts: normalised references, B.
+        raw_texts: references as found, B.
+        input_values_BS: float32 waveforms, zero behind each row's end.
+        sample_lengths_B: int64 lengths of the rows.
+        labels_L: int64 labels of all rows, one behind the other.
+        label_lengths_B: int64 number of labels per row.
+        time_mask_BT: frames to mask in training, or None.
+        feature_mask_BH: features to mask in training, or None.
+    """
+
+    ids: list[str]
+    texts: list[str]
+    raw_texts: list[str]
+    input_values_BS: torch.Tensor
+    sample_lengths_B: torch.Tensor
+    labels_L: torch.Tensor
+    label_lengths_B: torch.Tensor
+    time_mask_BT: torch.Tensor | None = None
+    feature_mask_BH: torch.Tensor | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of audio without padding."""
+        return int(self.sample_lengths_B.sum())
+
+    @property
+    def num_padded_samples(self) -> int:
+        """Samples with padding."""
+        return self.input_values_BS.numel()
+
+    def to(self, device: torch.device) -> "Batch":
+        """The tensors that the model reads, on `device`; lengths stay on the CPU, where they steer the shapes."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_values_BS", "labels_L", "time_mask_BT", "feature_mask_BH")
+            if getattr(self, name) is not None
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Batch":
+        """Page-locked copies, called by DataLoader."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turn utterances into a `Batch`: labels, waveform scaling, padding and SpecAugment masks.
+
+    Attributes:
+        normalizer: text rules of the run.
+        vocabulary: labels of the model.
+        do_normalize: zero mean and unit variance per utterance, as the checkpoint's feature extractor says.
+        hf_config: configuration of the encoder, for frame counts and masks.
+        seed: masks are a function of (seed, epoch, row), whatever the cut.
+    """
+
+    normalizer: TextNormalizer
+    vocabulary: Vocabulary
+    do_normalize: bool
+    hf_config: object
+    seed: int
+
+    def __call__(self, utterances: list[Utterance], rows: np.ndarray, epoch: int | None = None) -> Batch:
+        """Pad `utterances`, found at `rows` of the dataset; masks are drawn where `epoch` is given (training)."""
+        texts = [self.normalizer(utterance.text) for utterance in utterances]
+        labels = [self.vocabulary.encode(text) for text in texts]
+        lengths = [len(utterance.audio) for utterance in utterances]
+        padded = np.zeros((len(utterances), max(lengths)), np.float32)
+        for row, utterance in zip(padded, utterances, strict=True):
+            row[: len(utterance.audio)] = self._scale(utterance.audio)
+        time_mask, feature_mask = (None, None) if epoch is None else self._masks(lengths, rows, epoch)
+        return Batch(
+            ids=[utterance.id for utterance in utterances],
+            texts=texts,
+            raw_texts=[utterance.text for utterance in utterances],
+            input_values_BS=torch.from_numpy(padded),
+            sample_lengths_B=torch.tensor(lengths),
+            labels_L=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+            label_lengths_B=torch.tensor([len(row) for row in labels]),
+            time_mask_BT=time_mask,
+            feature_mask_BH=feature_mask,
+        )
+
+    def _scale(self, audio: np.ndarray) -> np.ndarray:
+        samples = audio.astype(np.float32) * np.float32(INT16_SCALE)
+        if self.do_normalize:
+            samples = (samples - samples.mean()) / np.sqrt(samples.var() + VARIANCE_FLOOR)
+        return samples
+
+    def _masks(
+        self, lengths: list[int], rows: np.ndarray, epoch: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        config = self.hf_config
+        masks_time = config.mask_time_prob > 0
+        masks_features = config.mask_feature_prob > 0
+        if not getattr(config, "apply_spec_augment", True) or not (masks_time or masks_features):
+            return None, None
+        frames = [num_frames(length, config.conv_kernel, config.conv_stride) for length in lengths]
+        time_mask = np.zeros((len(lengths), max(frames)), bool)
+        feature_mask = np.zeros((len(lengths), config.hidden_size), bool)
+        for index, (frame_count, row) in enumerate(zip(frames, rows, strict=True)):
+            rng = np.random.default_rng([self.seed, epoch, int(row)])
+            time_mask[index, :frame_count], feature_mask[index] = draw_masks(
+                frame_count, config.hidden_size, config, rng
+            )
+        return (
+            torch.from_numpy(time_mask) if masks_time else None,
+            torch.from_numpy(feature_mask) if masks_features else None,
+        )
+
+
+@dataclass(frozen=True)
+class Update:
+    """This rank's share of one optimizer step.
+
+    Attributes:
+        step: optimizer steps before this one, from 0.
+        epoch: pass over the data, from 0.
+        num_labels: labels of the whole update over all ranks; the loss is divided by it.
+        num_utterances: utterances of the whole update over all ranks.
+        micro_batches: this rank's cuts, longest first; a rank without utterances has none.
+    """
+
+    step: int
+    epoch: int
+    num_labels: int
+    num_utterances: int
+    micro_batches: list[Batch]
+
+    def pin_memory(self) -> "Update":
+        """Page-locked copies, called by DataLoader."""
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+
+
+@dataclass(frozen=True)
+class CutSettings:
+    """How updates are cut for this rank: at most `max_utterances`, or `max_batch_seconds` of padded audio."""
+
+    rank: int
+    num_processes: int
+    max_utterances: int
+    max_batch_seconds: float | None = None
+
+    @property
+    def max_batch_samples(self) -> float | None:
+        """The limit in samples."""
+        return None if self.max_batch_seconds is None else self.max_batch_seconds * SAMPLE_RATE_HZ
+
+
+class _Updates(Dataset):
+    """What the loader's workers hold: from (step, epoch, positions) to an `Update` of this rank."""
+
+    def __init__(
+        self, dataset: ShardDataset, plan: BatchPlan, num_labels: np.ndarray, collate: Collator, cut: CutSettings
+    ) -> None:
+        self.dataset, self.plan, self.num_labels, self.collate, self.cut = dataset, plan, num_labels, collate, cut
+
+    def __getitem__(self, planned: tuple[int, int, np.ndarray]) -> Update:
+        step, epoch, positions = planned
+        cuts = cut_update(
+            self.plan.num_samples[positions],
+            self.cut.num_processes,
+            self.cut.max_utterances,
+            self.cut.max_batch_samples,
+        )
+        micro_batches = []
+        for of_rank in cuts:
+            rows = self.plan.rows[positions[of_rank[self.cut.rank]]]
+            if len(rows):
+                micro_batches.append(self.collate([self.dataset[int(row)] for row in rows], rows, epoch))
+        return Update(step, epoch, int(self.num_labels[positions].sum()), len(positions), micro_batches)
+
+
+class _Batches(Dataset):
+    """What the evaluation loader's workers hold: from rows to a `Batch`."""
+
+    def __init__(self, dataset: ShardDataset, collate: Collator) -> None:
+        self.dataset, self.collate = dataset, collate
+
+    def __getitem__(self, rows: np.ndarray) -> Batch:
+        return self.collate([self.dataset[int(row)] for row in rows], rows)
+
+
+class _PlannedUpdates:
+    """Sampler: the steps of the run that are still to do."""
+
+    def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
+        self.plan, self.first_step, self.last_step = plan, first_step, last_step
+
+    def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        return self.plan.updates(self.first_step, self.last_step)
+
+    def __len__(self) -> int:
+        return self.last_step - self.first_step
+
+
+def training_loader(
+    dataset: ShardDataset,
+    plan: BatchPlan,
+    num_labels: np.ndarray,
+    collate: Collator,
+    cut: CutSettings,
+    first_step: int,
+    last_step: int,
+    num_workers: int,
+) -> DataLoader:
+    """One loader for the whole run: yields the `Update`s first_step .. last_step - 1 across epochs.
+
+    Args:
+        dataset: the training split.
+        plan: the updates.
+        num_labels: labels per utterance of the plan, [N].
+        collate: pads a micro-batch.
+        cut: this rank's share.
+        first_step: optimizer steps already done.
+        last_step: optimizer steps of the run.
+        num_workers: loading processes; they hold no state, every draw is a function of (seed, epoch, row).
+    """
+    updates = _Updates(dataset, plan, num_labels, collate, cut)
+    return _loader(updates, _PlannedUpdates(plan, first_step, last_step), num_workers)
+
+
+def evaluation_loader(
+    dataset: ShardDataset, rows: np.ndarray, collate: Collator, cut: CutSettings, num_workers: int
+) -> DataLoader:
+    """Yield this rank's `Batch`es of `rows`: each row on one rank, once; ranks may differ by one batch."""
+    one_process = cut_update(dataset.num_samples[rows], 1, cut.max_utterances, cut.max_batch_samples)
+    batches = [rows[positions] for (positions,) in one_process]
+    return _loader(_Batches(dataset, collate), batches[cut.rank :: cut.num_processes], num_workers)
+
+
+def _loader(dataset: Dataset, sampler: object, num_workers: int) -> DataLoader:
+    # A generator of its own: iter(DataLoader) would draw from torch's global one.
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(0),
+    )

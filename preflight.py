@@ -1,0 +1,221 @@
+"""Checks before step 1: which utterances train, and whether text, vocabulary and disk fit the run.
+
+Every utterance left out of training has its reason in `Selection.dropped`; dev and test are always scored whole.
+"""
+
+import csv
+import io
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import write_atomically
+from config import TrainConfig
+from data import SAMPLE_RATE_HZ, ShardDataset
+from errors import UsageError
+from model import num_frames
+from text import Coverage, TextNormalizer, Vocabulary, measure_coverage, required_frames
+
+MAX_UNKNOWN_FRACTION = 0.005
+TEXTS_PER_BLOCK = 10_000
+UTTERANCES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The utterances that take part in training.
+
+    Attributes:
+        rows: dataset rows, ascending, [N].
+        num_labels: labels of each, [N].
+        dropped: (row, reason, detail) of every other row of the split.
+    """
+
+    rows: np.ndarray
+    num_labels: np.ndarray
+    dropped: list[tuple[int, str, str]]
+
+    def mask(self, num_rows: int) -> np.ndarray:
+        """True for the rows that take part, [num_rows]."""
+        mask = np.zeros(num_rows, bool)
+        mask[self.rows] = True
+        return mask
+
+    @property
+    def drops_by_reason(self) -> Counter[str]:
+        """Number of rows left out, by reason."""
+        return Counter(reason for _, reason, _ in self.dropped)
+
+
+def select_training_rows(
+    dataset: ShardDataset, config: TrainConfig, normalizer: TextNormalizer, vocabulary: Vocabulary, hf_config: object
+) -> Selection:
+    """Apply the duration limits, the CTC limit (frames >= labels + adjacent repeats) and the subset settings.
+
+    Raises:
+        UsageError: when nothing is left.
+    """
+    num_labels, needed = _count_labels(dataset, normalizer, vocabulary)
+    seconds = dataset.num_samples / SAMPLE_RATE_HZ
+    frames = num_frames(dataset.num_samples.astype(np.int64), hf_config.conv_kernel, hf_config.conv_stride)
+    shortest, longest = config.min_duration_in_seconds, config.max_duration_in_seconds
+    rules = (
+        ("no_labels", num_labels == 0, lambda row: "the text is empty after normalisation"),
+        ("too_short", seconds < shortest, lambda row: f"{seconds[row]:.3f} s of at least {shortest} s"),
+        ("too_long", seconds > longest, lambda row: f"{seconds[row]:.3f} s of at most {longest} s"),
+        (
+            "more_labels_than_frames",
+            frames < np.maximum(needed, 1),
+            lambda row: f"{frames[row]} frames, {needed[row]} needed for {num_labels[row]} labels",
+        ),
+    )
+    kept = np.ones(len(dataset), bool)
+    dropped = []
+    for reason, broken, detail in rules:
+        dropped += [(int(row), reason, detail(row)) for row in np.flatnonzero(broken & kept)]
+        kept &= ~broken
+    rows = np.flatnonzero(kept)
+    subset = _draw_subset(rows, config)
+    dropped += [
+        (int(row), "not_in_subset", "train_fraction or max_train_samples") for row in np.setdiff1d(rows, subset)
+    ]
+    if not len(subset):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(row[1] for row in dropped).items())
+        raise UsageError(f"no training utterance of {len(dataset)} is left ({reasons}): widen the duration limits")
+    return Selection(subset, num_labels[subset], dropped)
+
+
+def draw_subset(rows: np.ndarray, max_samples: int | None, seed: int) -> np.ndarray:
+    """All of `rows`, or a fixed subset of `max_samples` drawn by the seed, ascending."""
+    if max_samples is None or max_samples >= len(rows):
+        return rows
+    return np.sort(rows[np.random.default_rng(seed).permutation(len(rows))[:max_samples]])
+
+
+def write_drop_list(path: Path, dataset: ShardDataset, selection: Selection) -> None:
+    """`split,id,reason,detail` of every training utterance that the run leaves out."""
+    wanted = {row: (reason, detail) for row, reason, detail in selection.dropped}
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(("split", "id", "reason", "detail"))
+    for row, utterance_id in enumerate(dataset.column("id")):
+        if row in wanted:
+            table.writerow((dataset.folder.name, utterance_id, *wanted[row]))
+    write_atomically(path, lines.getvalue().encode())
+
+
+def check_coverage(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> str:
+    """Refuse a vocabulary that does not fit the text; returns a line for the screen.
+
+    Raises:
+        UsageError: above MAX_UNKNOWN_FRACTION unknown characters, with the setting that would mend it.
+    """
+    coverage = _measure(dataset, normalizer, vocabulary)
+    known = f"{1 - coverage.unknown_fraction:.2%}"
+    if coverage.unknown_fraction <= MAX_UNKNOWN_FRACTION:
+        named = ", ".join(f"{character!r} {count}" for character, count in coverage.unknown.most_common(8))
+        return f"{known} of {coverage.characters} characters known" + (f"; unknown: {named}" if named else "")
+    named = " ".join(character for character, _ in coverage.unknown.most_common(12))
+    raise UsageError(
+        f"the vocabulary knows {known} of the training characters, at least {1 - MAX_UNKNOWN_FRACTION:.1%} is needed; "
+        f"unknown: {named}; {_coverage_remedy(dataset, normalizer, vocabulary, coverage.unknown)}"
+    )
+
+
+def _measure(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> Coverage:
+    return measure_coverage((normalizer(text) for text in dataset.column("text")), vocabulary)
+
+
+def _coverage_remedy(
+    dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, unknown: Counter[str]
+) -> str:
+    """The setting that covers most, tried on the texts, not guessed."""
+    candidates = {f"--case {case}": replace(normalizer, case=case) for case in ("upper", "lower", "keep")}
+    marks = "".join(sorted(character for character in unknown if not character.isalnum()))
+    if marks:
+        ignored = normalizer.characters_to_ignore + marks
+        candidates[f"{marks} added to --characters_to_ignore"] = replace(normalizer, characters_to_ignore=ignored)
+    fractions = {
+        setting: _measure(dataset, changed, vocabulary).unknown_fraction for setting, changed in candidates.items()
+    }
+    best = min(fractions, key=fractions.__getitem__)
+    if fractions[best] <= MAX_UNKNOWN_FRACTION:
+        return f"with {best} coverage is {1 - fractions[best]:.2%}"
+    return "no such setting mends it: build a vocabulary from the text with --vocabulary train (and a new head)"
+
+
+def show_utterances(
+    dataset: ShardDataset, rows: np.ndarray, normalizer: TextNormalizer, vocabulary: Vocabulary
+) -> list[str]:
+    """Lines with raw text, normalised text, ids and decoded ids of the first few rows.
+
+    Raises:
+        UsageError: when decoding the ids does not give the normalised text back (unknown characters aside).
+    """
+    lines = []
+    for row in rows[:UTTERANCES_SHOWN]:
+        raw = dataset[int(row)].text
+        normalised = normalizer(raw)
+        ids = vocabulary.encode(normalised)
+        decoded = vocabulary.decode_labels(ids)
+        # An unknown character decodes to the unknown token, which coverage has judged already.
+        if vocabulary.unknown_id not in ids and decoded != normalised:
+            raise UsageError(
+                f"the vocabulary does not give a text back: {normalised!r} became {decoded!r}; "
+                "check --vocabulary, --case and --characters_to_ignore"
+            )
+        lines += [
+            f"  text       {raw}",
+            f"  normalised {normalised}",
+            f"  ids        {ids.tolist()}",
+            f"  decoded    {decoded}",
+        ]
+    return lines
+
+
+def check_disk(folder: Path, needed_bytes: int) -> str:
+    """Refuse a disk that cannot hold the run's checkpoints; returns a line for the screen."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise UsageError(
+            f"{existing} has {free / 1e9:.1f} GB free, the run needs {needed_bytes / 1e9:.1f} GB: "
+            "lower --save_total_limit or choose another --output_dir"
+        )
+    return f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free"
+
+
+def _count_labels(
+    dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary
+) -> tuple[np.ndarray, np.ndarray]:
+    num_labels = np.zeros(len(dataset), np.int32)
+    needed = np.zeros(len(dataset), np.int32)
+    for start, block in _blocks(dataset):
+        for row, text in enumerate(normalizer.normalize_many(block), start):
+            labels = vocabulary.encode(text)
+            num_labels[row], needed[row] = len(labels), required_frames(labels)
+    return num_labels, needed
+
+
+def _blocks(dataset: ShardDataset) -> Iterator[tuple[int, list[str]]]:
+    block: list[str] = []
+    start = 0
+    for text in dataset.column("text"):
+        block.append(text)
+        if len(block) == TEXTS_PER_BLOCK:
+            yield start, block
+            start, block = start + len(block), []
+    if block:
+        yield start, block
+
+
+def _draw_subset(rows: np.ndarray, config: TrainConfig) -> np.ndarray:
+    wanted = max(1, round(len(rows) * config.train_fraction)) if len(rows) else 0
+    if config.max_train_samples is not None:
+        wanted = min(wanted, config.max_train_samples)
+    chosen = np.random.default_rng([config.seed, 1]).permutation(len(rows))[:wanted]
+    return np.sort(rows[chosen])

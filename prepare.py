@@ -1,0 +1,630 @@
+"""Raw corpus to shards that training reads memory-mapped.
+
+    python prepare.py --corpus cv-corpus-21.0/en --data_dir data/en
+    python prepare.py --corpus manifest.csv --data_dir data/x --split_by speaker --split_fractions 0.8 0.1 0.1
+    python prepare.py --corpus digits --data_dir data/digits --test_speakers theo
+
+Writes DATA_DIR/{train,dev,test}/part_1, part_2, ... (audio once, as 16 kHz int16; text as found) and dropped.csv with a
+reason for every row left out. Started again, it goes on where it was stopped.
+"""
+
+import contextlib
+import csv
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+from audio import RESAMPLING, SAMPLE_RATE_HZ, Clip, ClipError, ClipPool, ClipRequest
+from config import PrepareConfig, parse_arguments
+from corpora import DROP_REASONS, SPLITS, AudioLocator, Corpus, SourceRow, make_demo_corpus, open_corpus
+from errors import RunFailed, UsageError, exit_status
+from progress import Progress
+from splits import SplitPlan, plan_splits, stable_hash
+
+SCHEMA_VERSION = 1
+# A record batch is what the writer holds in memory: 16 MB of audio.
+MAX_BATCH_ROWS = 128
+MAX_BATCH_SAMPLES = 8_000_000
+PROBED_CLIPS = 200
+MAX_METADATA_COLUMNS = 200
+# Of the estimated size: clips differ, and a full disk costs more than this much room.
+DISK_MARGIN = 1.1
+BYTES_PER_SAMPLE = 2
+DURATION_EDGES_SECONDS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30)
+OWN_FILES = {*SPLITS, "prepare.json", "dropped.csv", "demo_corpus"}
+PACKAGES = ("torch", "torchaudio", "soundfile", "pyarrow", "numpy")
+
+
+def main() -> None:
+    """The command."""
+    prepare(parse_arguments(PrepareConfig, sys.argv[1:], __doc__))
+
+
+def prepare(config: PrepareConfig) -> None:
+    """Read, split, decode and write a corpus; finished parts are kept and checked.
+
+    Raises:
+        UsageError: the corpus or the settings are refused; nothing was written.
+        RunFailed: stopped on the way; finished parts stay, and the same command goes on.
+    """
+    out = Path(config.data_dir)
+    _refuse_foreign_folder(out)
+    with ClipPool(_num_workers(config.num_workers)) as pool:
+        if config.corpus == "demo" and not (out / "prepare.json").exists():
+            pool.warm_up()  # beside the synthesis
+        corpus = _open(config, out)
+        plan = plan_splits(corpus, config)
+        scan = _scan(corpus, plan)
+        job = _Job(
+            corpus,
+            plan,
+            scan,
+            AudioLocator(corpus.folder, config.audio_root),
+            config.chunk_size,
+            _settings(config, scan),
+        )
+        print(f"{config.corpus}: {corpus.kind}, {scan.describe()}", flush=True)
+        for note in (*corpus.notes, *plan.notes, *scan.notes()):
+            print(f"note: {note}", flush=True)
+        missing_rows = job.check_existing(out)
+        if missing_rows:
+            job.probe(out, pool, missing_rows)
+        else:
+            print("every part is there already", flush=True)
+        with _output_folder(out):
+            if missing_rows:
+                job.write_parts(out, pool, missing_rows)
+            _write_dropped(out)
+            facts = {"schema_version": SCHEMA_VERSION, "settings": job.settings, "versions": _versions()}
+            _write_text(out / "prepare.json", json.dumps(facts | {"splits": _split_facts(out)}, indent=1))
+    print(_summary(out), flush=True)
+
+
+# What decoding gave; None for a row that was turned down before.
+_Outcome: TypeAlias = Clip | ClipError | None
+
+
+@dataclass
+class _Scan:
+    """What a first pass over the rows found: a few bytes per row, freed when it ends."""
+
+    rows: dict[str, int]
+    metadata_columns: list[str]
+    repeated_ids: set[int]
+
+    def describe(self) -> str:
+        return ", ".join(f"{split} {count:,} rows" for split, count in self.rows.items())
+
+    def notes(self) -> list[str]:
+        meaning = {"dev": "training cannot be evaluated on it", "test": "there is nothing to test on at the end"}
+        return [f"the {split} split is empty: {meaning[split]}" for split in ("dev", "test") if not self.rows[split]]
+
+
+@dataclass
+class _Job:
+    """One corpus on its way to one output folder."""
+
+    corpus: Corpus
+    plan: SplitPlan
+    scan: _Scan
+    locator: AudioLocator
+    chunk_size: int
+    settings: dict
+
+    def check_existing(self, out: Path) -> int:
+        """Compare finished parts with the settings and the corpus; the number of rows that are still to be prepared.
+
+        Raises:
+            UsageError: another corpus or other settings made them, or a file is damaged.
+        """
+        missing_rows = 0
+        if (out / "prepare.json").exists():
+            _check_settings(out, _read_json(out / "prepare.json").get("settings", {}), self.settings)
+        for split in SPLITS:
+            self._refuse_extra_parts(out, split)
+            for folder, rows, items, fingerprint in self._parts(out, split):
+                if not folder.exists():
+                    missing_rows += rows
+                    continue
+                facts = _read_json(folder / "part.json")
+                _check_settings(out, facts.get("settings", {}), self.settings)
+                for _ in items:
+                    pass
+                if facts["source_fingerprint"] != fingerprint.hexdigest():
+                    raise UsageError(
+                        f"{folder} was made from other rows or files than the corpus holds now: "
+                        f"use another --data_dir, or delete {out} to prepare it again"
+                    )
+                data = folder / "data.arrow"
+                if not data.exists() or data.stat().st_size != facts["data_bytes"]:
+                    raise UsageError(f"{data} is damaged: delete {folder} and run the same command again")
+        return missing_rows
+
+    def probe(self, out: Path, pool: ClipPool, missing_rows: int) -> None:
+        """Decode the first clips and throw them away: do they decode, and will they fit on the disk?
+
+        Raises:
+            UsageError: most of them cannot be used, or the disk is too small.
+        """
+        items = (item for split in SPLITS for _, _, items, _ in self._parts(out, split) for item in items)
+        usable = (item for item in items if not _is_held_out(item[0].error))
+        reasons: Counter[str] = Counter()
+        num_samples, example = [], ""
+        for judged, result in pool.read(itertools.islice(usable, PROBED_CLIPS)):
+            error = judged.error or (result if isinstance(result, ClipError) else None)
+            if error is None:
+                num_samples.append(len(result.samples))
+            elif not reasons[error.reason]:
+                example = example or f"{judged.row.id}: {error.detail}"
+            if error is not None:
+                reasons[error.reason] += 1
+        bad, total = reasons.total(), reasons.total() + len(num_samples)
+        if bad > total / 2:
+            reason = reasons.most_common(1)[0][0]
+            meaning, remedy = DROP_REASONS[reason]
+            raise UsageError(
+                f"{bad} of the first {total} clips cannot be used, mostly {reason} ({meaning}; {example}): {remedy}"
+            )
+        bytes_needed = DISK_MARGIN * BYTES_PER_SAMPLE * missing_rows * sum(num_samples) / max(len(num_samples), 1)
+        _check_disk(out, bytes_needed)
+
+    def write_parts(self, out: Path, pool: ClipPool, missing_rows: int) -> None:
+        """Write every part that is not there yet."""
+        with Progress("preparing", missing_rows, "clips") as progress:
+            for split in SPLITS:
+                for folder, _, items, fingerprint in self._parts(out, split):
+                    if folder.exists():
+                        for _ in items:  # keeps track of the ids
+                            pass
+                    else:
+                        self._write_part(folder, pool.read(items), fingerprint, progress)
+
+    def _write_part(
+        self,
+        folder: Path,
+        results: Iterator[tuple["_Judged", _Outcome]],
+        fingerprint: "hashlib._Hash",
+        progress: Progress,
+    ) -> None:
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        temporary.mkdir(parents=True)
+        try:
+            with (temporary / "data.arrow").open("wb") as file:
+                facts = self._write_rows(file, results, progress)
+                _flush_to_disk(file)
+            facts |= {
+                "schema_version": SCHEMA_VERSION,
+                "source_fingerprint": fingerprint.hexdigest(),
+                "settings_fingerprint": _fingerprint(self.settings),
+                "settings": self.settings,
+            }
+            _write_text(temporary / "part.json", json.dumps(facts, indent=1, ensure_ascii=False))
+            temporary.rename(folder)
+        except BaseException:
+            # A full disk gets its room back; what SIGKILL leaves is removed by the next run.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(folder.parent)
+
+    def _write_rows(
+        self, file: io.BufferedWriter, results: Iterator[tuple["_Judged", _Outcome]], progress: Progress
+    ) -> dict:
+        writer, dropped, source_rows = _PartWriter(file, self.scan.metadata_columns), [], 0
+        for judged, result in results:
+            source_rows += 1
+            error = judged.error or (result if isinstance(result, ClipError) else None)
+            if error is None:
+                writer.add(judged.row, result)
+            else:
+                dropped.append({"id": judged.row.id, "reason": error.reason, "detail": error.detail})
+            progress.advance(1, 0.0 if error else len(result.samples) / SAMPLE_RATE_HZ)
+        return writer.finish() | {"source_rows": source_rows, "dropped": dropped}
+
+    def _parts(self, out: Path, split: str) -> Iterator[tuple[Path, int, Iterator, "hashlib._Hash"]]:
+        """Folder, rows, judged rows (to be used up before the next part) and their growing fingerprint."""
+        rows = (row for row in self.corpus.read() if self.plan.split_of(row) == split)
+        seen: set[int] = set()
+        for number, start in enumerate(range(0, self.scan.rows[split], self.chunk_size), 1):
+            fingerprint = hashlib.blake2b(digest_size=16)
+            chunk = itertools.islice(rows, self.chunk_size)
+            count = min(self.chunk_size, self.scan.rows[split] - start)
+            yield out / split / f"part_{number}", count, self._judge(chunk, split, seen, fingerprint), fingerprint
+
+    def _judge(
+        self, rows: Iterable[SourceRow], split: str, seen: set[int], fingerprint: "hashlib._Hash"
+    ) -> Iterator[tuple["_Judged", ClipRequest | None]]:
+        """Rows with their request for a clip, or with the reason that there is none."""
+        for row in rows:
+            request, mtime_ns, error = None, 0, None
+            try:
+                request, mtime_ns = self.locator.locate(row)
+            except ClipError as missing:
+                error = missing
+            _add_row(fingerprint, row, request.source_bytes if request else -1, mtime_ns)
+            if row.problem is not None:
+                error = ClipError(*row.problem)
+            elif row.text is None or (split == "train" and not row.text):
+                error = ClipError("no_text", "no transcript")
+            elif error is None and self._is_repeated(row.id, seen):
+                error = ClipError("duplicate_id", "an earlier row of this split has the same id")
+            yield _Judged(row, error), None if error else request
+
+    def _is_repeated(self, row_id: str, seen: set[int]) -> bool:
+        value = stable_hash(row_id)
+        if value not in self.scan.repeated_ids:
+            return False
+        repeated = value in seen
+        seen.add(value)
+        return repeated
+
+    def _refuse_extra_parts(self, out: Path, split: str) -> None:
+        expected = -(-self.scan.rows[split] // self.chunk_size)
+        found = sum(1 for _ in (out / split).glob("part_*"))
+        names = {f"part_{number}" for number in range(1, expected + 1)}
+        extra = sorted(path.name for path in (out / split).glob("part_*") if path.name not in names)
+        if extra:
+            raise UsageError(
+                f"{out / split} holds {found} parts, this corpus and --chunk_size {self.chunk_size} make {expected}: "
+                f"use another --data_dir, or delete {out} to prepare it again"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    row: SourceRow
+    error: ClipError | None
+
+
+class _PartWriter:
+    """Writes data.arrow batch by batch, hashing as it goes."""
+
+    def __init__(self, file: io.BufferedWriter, metadata_columns: list[str]) -> None:
+        self._metadata_columns = metadata_columns
+        self._sink = _HashingFile(file)
+        self._schema = _schema(metadata_columns)
+        self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
+        self._batch: list[tuple[SourceRow, Clip]] = []
+        self._batch_samples = self._rows = self._samples = 0
+
+    def add(self, row: SourceRow, clip: Clip) -> None:
+        self._batch.append((row, clip))
+        self._batch_samples += len(clip.samples)
+        if len(self._batch) == MAX_BATCH_ROWS or self._batch_samples >= MAX_BATCH_SAMPLES:
+            self._write_batch()
+
+    def finish(self) -> dict:
+        """Write what is left and the footer; the facts of the file."""
+        self._write_batch()
+        self._writer.close()
+        return {
+            "rows": self._rows,
+            "seconds": self._samples / SAMPLE_RATE_HZ,
+            "data_bytes": self._sink.num_bytes,
+            "sha256": self._sink.sha256.hexdigest(),
+        }
+
+    def _write_batch(self) -> None:
+        if not self._batch:
+            return
+        rows, clips = zip(*self._batch, strict=True)
+        lengths = np.array([len(clip.samples) for clip in clips], np.int64)
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+        samples = pa.array(np.concatenate([clip.samples for clip in clips]), pa.int16())
+        columns = [
+            pa.array([row.id for row in rows], pa.string()),
+            pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), samples),
+            pa.array(lengths, pa.int32()),
+            pa.array([row.text for row in rows], pa.string()),
+            pa.array([row.speaker for row in rows], pa.string()),
+            pa.array([clip.peak for clip in clips], pa.float32()),
+            pa.array([clip.silence_fraction for clip in clips], pa.float32()),
+            pa.array([clip.bandwidth_hz for clip in clips], pa.float32()),
+            pa.array([clip.source_rate_hz for clip in clips], pa.int32()),
+            pa.array([clip.audio_sha256 for clip in clips], pa.string()),
+            *(pa.array([row.metadata.get(name, "") for row in rows], pa.string()) for name in self._metadata_columns),
+        ]
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        self._rows += len(rows)
+        self._samples += self._batch_samples
+        self._batch, self._batch_samples = [], 0
+
+
+class _HashingFile:
+    """The few methods that Arrow calls on a Python file; hashes and counts what passes."""
+
+    closed = False
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.num_bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """The caller closes the file, after it has reached the disk."""
+
+
+def _schema(metadata_columns: list[str]) -> pa.Schema:
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("audio", pa.large_list(pa.int16())),
+            ("num_samples", pa.int32()),
+            ("text", pa.string()),
+            ("speaker", pa.string()),
+            ("peak", pa.float32()),
+            ("silence_fraction", pa.float32()),
+            ("bandwidth_hz", pa.float32()),
+            ("source_rate_hz", pa.int32()),
+            ("audio_sha256", pa.string()),
+            *((name, pa.string()) for name in metadata_columns),
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the first clip
+
+
+def _open(config: PrepareConfig, out: Path) -> Corpus:
+    if config.corpus != "demo":
+        return open_corpus(Path(config.corpus), config.train_split, config.audio_column_name, config.text_column_name)
+    make_demo_corpus(out / "demo_corpus")
+    return replace(open_corpus(out / "demo_corpus"), kind="demo")
+
+
+def _scan(corpus: Corpus, plan: SplitPlan) -> _Scan:
+    rows = dict.fromkeys(SPLITS, 0)
+    columns: dict[str, None] = {}
+    ids = array("Q")
+    for row in corpus.read():
+        rows[plan.split_of(row)] += 1
+        columns.update(dict.fromkeys(row.metadata))
+        ids.append(stable_hash(row.id))
+    if len(columns) > MAX_METADATA_COLUMNS:
+        raise UsageError(f"the corpus has {len(columns)} columns, at most {MAX_METADATA_COLUMNS} are kept: remove some")
+    if not rows["train"]:
+        raise UsageError(
+            f"{corpus.folder}: the train split is empty (dev {rows['dev']}, test {rows['test']} rows): "
+            "name the corpus that holds training rows, or give --split_by"
+        )
+    values, counts = np.unique(np.asarray(ids, np.uint64), return_counts=True)
+    return _Scan(rows, list(columns), set(values[counts > 1].tolist()))
+
+
+def _settings(config: PrepareConfig, scan: _Scan) -> dict:
+    """All that decides what the parts hold; the corpus itself is in their fingerprints."""
+    chosen = ("chunk_size", "train_split", "audio_column_name", "text_column_name", "audio_root")
+    settings = {name: getattr(config, name) for name in chosen}
+    if config.split_by or config.test_speakers:
+        settings |= {name: getattr(config, name) for name in ("split_by", "split_fractions", "test_speakers", "seed")}
+    return settings | {
+        "schema_version": SCHEMA_VERSION,
+        "sample_rate_hz": SAMPLE_RATE_HZ,
+        "resampling": RESAMPLING,
+        "metadata_columns": scan.metadata_columns,
+    }
+
+
+def _check_settings(out: Path, found: dict, wanted: dict) -> None:
+    differing = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} {found.get(name)!r} (now {wanted.get(name)!r})" for name in differing)
+        raise UsageError(
+            f"{out} was prepared with other settings: {changes}: give the same ones, use another --data_dir, "
+            f"or delete {out} to prepare it again"
+        )
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--data_dir {out} is a file: name a folder")
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if names and not names & OWN_FILES and not all(name.startswith(".") for name in names):
+        raise UsageError(f"--data_dir {out} holds other files ({min(names)}, ...): name a new or empty folder")
+
+
+def _check_disk(out: Path, bytes_needed: float) -> None:
+    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if bytes_needed > free:
+        raise UsageError(
+            f"--data_dir {out} needs about {bytes_needed / 1e9:.1f} GB (estimated from the first clips), "
+            f"{free / 1e9:.1f} GB are free: free some, or name a folder on another disk"
+        )
+
+
+def _is_held_out(error: ClipError | None) -> bool:
+    return error is not None and error.reason.startswith("held_out")
+
+
+def _num_workers(num_workers: int) -> int:
+    if num_workers > 0:
+        return num_workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def _output_folder(out: Path) -> Iterator[None]:
+    """The output folder, ours alone, rid of what a killed run left; a full disk becomes one line."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"--data_dir {out} cannot be written: {error.strerror}: name another folder") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another prepare.py is writing to {out}: wait for it, or name another folder") from None
+        except OSError:
+            print(f"note: {out} is on a file system without locks: run one prepare.py at a time", flush=True)
+        for leftover in out.glob("*/.part_*.tmp"):
+            shutil.rmtree(leftover)
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{error.filename or out}: {error.strerror or error}; finished parts are kept, "
+            "run the same command again to go on"
+        ) from error
+    finally:
+        os.close(lock)
+
+
+def _add_row(fingerprint: "hashlib._Hash", row: SourceRow, source_bytes: int, mtime_ns: int) -> None:
+    fields = (row.id, row.audio_path, row.text, row.speaker, row.metadata, row.offset_seconds, row.duration_seconds)
+    fingerprint.update(json.dumps((*fields, row.problem, source_bytes, mtime_ns)).encode())
+
+
+def _fingerprint(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({error}): delete {path.parent} and run the same command again"
+        ) from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        _flush_to_disk(file)
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _flush_to_disk(file: io.IOBase) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _part_folders(out: Path, split: str) -> list[Path]:
+    return sorted((out / split).glob("part_*"), key=lambda folder: int(folder.name.removeprefix("part_")))
+
+
+def _write_dropped(out: Path) -> None:
+    temporary = out / ".dropped.csv.tmp"
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("split", "id", "reason", "detail"))
+        for split in SPLITS:
+            for folder in _part_folders(out, split):
+                for entry in _read_json(folder / "part.json")["dropped"]:
+                    writer.writerow((split, entry["id"], entry["reason"], entry["detail"]))
+        _flush_to_disk(file)
+    temporary.replace(out / "dropped.csv")
+    _sync_folder(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The summary
+
+
+def _versions() -> dict[str, str]:
+    return {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _split_facts(out: Path) -> dict[str, dict]:
+    facts = {}
+    for split in SPLITS:
+        parts = [_read_json(folder / "part.json") for folder in _part_folders(out, split)]
+        reasons = Counter(entry["reason"] for part in parts for entry in part["dropped"])
+        facts[split] = {
+            "parts": len(parts),
+            "rows": sum(part["rows"] for part in parts),
+            "seconds": sum(part["seconds"] for part in parts),
+            "dropped": dict(reasons.most_common()),
+        }
+    return facts
+
+
+def _summary(out: Path) -> str:
+    facts = _read_json(out / "prepare.json")["splits"]
+    lines = ["", f"{'split':<7}{'hours':>9}{'clips':>11}{'speakers':>10}{'dropped':>9}{'parts':>7}"]
+    histograms = {}
+    for split in SPLITS:
+        histograms[split], speakers = _durations_and_speakers(out, split)
+        found = facts[split]
+        lines.append(
+            f"{split:<7}{found['seconds'] / 3600:>9.2f}{found['rows']:>11,}{speakers or '-':>10}"
+            f"{sum(found['dropped'].values()):>9,}{found['parts']:>7}"
+        )
+    lines += ["", *_histogram_lines(sum(histograms.values()))]
+    reasons: Counter[str] = Counter()
+    for found in facts.values():
+        reasons.update(found["dropped"])
+    lines += ["", f"{reasons.total():,} rows left out" + (f", each in {out / 'dropped.csv'}:" if reasons else "")]
+    lines += [f"  {count:>9,}  {reason} ({DROP_REASONS[reason][0]})" for reason, count in reasons.most_common()]
+    return "\n".join(lines)
+
+
+def _durations_and_speakers(out: Path, split: str) -> tuple[np.ndarray, int]:
+    edges = np.array([*DURATION_EDGES_SECONDS, np.inf]) * SAMPLE_RATE_HZ
+    histogram = np.zeros(len(DURATION_EDGES_SECONDS), np.int64)
+    speakers: set[str] = set()
+    for folder in _part_folders(out, split):
+        with pa.memory_map(str(folder / "data.arrow")) as source:
+            reader = pa.ipc.open_file(source)
+            for position in range(reader.num_record_batches):
+                batch = reader.get_batch(position)
+                histogram += np.histogram(batch.column("num_samples").to_numpy(), edges)[0]
+                speakers.update(pa.compute.unique(batch.column("speaker")).to_pylist())
+    return histogram, len(speakers - {""})
+
+
+def _histogram_lines(histogram: np.ndarray) -> list[str]:
+    names = [f"{low}-{high} s" for low, high in itertools.pairwise(DURATION_EDGES_SECONDS)]
+    names.append(f"over {DURATION_EDGES_SECONDS[-1]} s")
+    longest = max(int(histogram.max()), 1)
+    rows = [index for index, count in enumerate(histogram) if count]
+    return [
+        f"{names[index]:>10}  {histogram[index]:>9,}  {'#' * max(1, round(40 * int(histogram[index]) / longest))}"
+        for index in (range(rows[0], rows[-1] + 1) if rows else ())
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

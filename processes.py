@@ -1,0 +1,103 @@
+"""How the processes of a run start, share gradients and end; what Accelerate's launcher decided is checked here."""
+
+import ctypes
+import os
+import signal
+import sys
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from errors import UsageError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Gradients travel in pieces of this many numbers (100 MB in fp32), which bounds the memory of the transport.
+NUMBERS_PER_REDUCTION = 25_000_000
+
+
+def start_processes(report_to: list[str], output_dir: str) -> Accelerator:
+    """The Accelerator of this run, with the launcher's settings checked.
+
+    Raises:
+        UsageError: for settings that would be ignored, run slowly in silence, or let processes overwrite each other.
+    """
+    _die_with_launcher()
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UsageError(
+            f"the launcher sets gradient accumulation to {accumulation}; it belongs to the run: "
+            f"write --gradient_accumulation_steps {accumulation} behind train.py instead"
+        )
+    has_gpu = torch.cuda.is_available()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise UsageError(
+            f"mixed precision {precision} is not supported: launch with --mixed_precision no, fp16 or bf16"
+        )
+    if precision == "fp16" and not has_gpu:
+        raise UsageError(
+            "mixed precision fp16 needs a GPU and none is visible: launch with --mixed_precision bf16 or no"
+        )
+    # Without a GPU several processes talk over gloo instead of each believing that it is alone.
+    accelerator = Accelerator(cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world_size:
+        raise UsageError(
+            f"the launcher started {world_size} processes, and this one sees {accelerator.num_processes}: "
+            "launch with --multi_gpu --num_processes N, or with --num_processes 1"
+        )
+    return accelerator
+
+
+def describe_processes(accelerator: Accelerator) -> dict[str, object]:
+    """What the launcher decided, for config.yaml, environment.json and the screen."""
+    return {
+        "mixed_precision": str(accelerator.mixed_precision),
+        "num_processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "distributed_type": str(accelerator.distributed_type.value),
+    }
+
+
+class SharedGradients:
+    """The gradients of all trained parameters in one buffer, summed over the processes once per update.
+
+    Every rank runs its micro-batches on its own and reduces behind the last one: a rank with an empty cut, a dropped
+    layer or an unused parameter contributes zeros, and no rank can wait inside a backward pass for one that failed.
+
+    Attributes:
+        parameters: what is trained.
+        buffer: all gradients, flat; each `parameter.grad` is a view of it.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        assert len({parameter.dtype for parameter in parameters}) == 1, "master weights are fp32"
+        self.buffer = torch.zeros(
+            sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        start = 0
+        for parameter in parameters:
+            parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
+
+    def zero(self) -> None:
+        """Forget the last update."""
+        self.buffer.zero_()
+
+    def sum_over_processes(self, accelerator: Accelerator) -> None:
+        """Add the gradients of all ranks; afterwards every rank holds the same."""
+        if accelerator.num_processes > 1:
+            for piece in self.buffer.split(NUMBERS_PER_REDUCTION):
+                torch.distributed.all_reduce(piece)
+
+
+def _die_with_launcher() -> None:
+    """Ask the kernel to end this process with its launcher, which does not pass SIGTERM on (Linux only)."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # It ended before the request was in place.
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,439 @@
+"""One training run: what it is made of, what it has done so far, and what it writes into its run directory.
+
+`RunState` is all that a checkpoint keeps besides weights and optimizer: batch order, masks, dropout and the learning
+rate are functions of the seed and the step.
+"""
+
+import json
+import resource
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+import checkpoint
+import preflight
+import runlog
+from config import TrainConfig, write_config
+from data import SAMPLE_RATE_HZ, BatchPlan, Collator, CutSettings, ShardDataset, Update
+from errors import RunFailed, UsageError
+from metrics import Score
+from model import load_model, optimizer_groups, parameter_counts, save_model
+from processes import SharedGradients, describe_processes
+from progress import Progress
+from schedule import learning_rate_at
+from text import TextNormalizer
+
+SAMPLE_UTTERANCES = 8
+SAMPLES_SHOWN = 3
+BYTES_PER_WEIGHT = 4
+
+
+@dataclass
+class RunState:
+    """What a run has done; saved with every checkpoint as JSON."""
+
+    utterances_per_update: int
+    data_fingerprint: str
+    vocabulary: dict[str, int]
+    step: int = 0
+    best_step: int | None = None
+    best_eval_wer: float | None = None
+    eval_wer_before: float | None = None
+    test_before: dict[str, float] | None = None
+    sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
+    """Of the whole run, up to the last row of the log."""
+    pending_sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
+    """Since the last row of the log."""
+    train_seconds: float = 0.0
+    elapsed_seconds: float = 0.0
+    log_bytes: int = 0
+    sample_bytes: int = 0
+
+
+METER_SUMS = ("loss", "labels", "utterances", "samples", "padded_samples", "seconds", "scaler_skips")
+
+
+class Meter:
+    """Sums since the last row of the log. The loss stays on the device, so that no step waits for it."""
+
+    def __init__(self, accelerator: Accelerator, pending: list[float]) -> None:
+        self.accelerator = accelerator
+        self.grad_norm = torch.tensor(float("nan"))
+        self.note = ""
+        self._started_at: float | None = None
+        self._restart(pending)
+
+    def start(self) -> None:
+        """Start the clock, which runs while updates are made and not while evaluating or saving."""
+        self._started_at = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock, once the device has done what it was asked to."""
+        if self._started_at is not None and self.accelerator.is_main_process:
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            self._sums["seconds"] += time.perf_counter() - self._started_at
+        self._started_at = None
+
+    def add(self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor, was_skipped: bool) -> None:
+        """Count one update; what all ranks know alike is counted by the first."""
+        self.grad_norm = grad_norm
+        self._loss += loss_sum
+        if self.accelerator.is_main_process:
+            self._sums["labels"] += update.num_labels
+            self._sums["utterances"] += update.num_utterances
+            self._sums["scaler_skips"] += was_skipped
+        for batch in update.micro_batches:
+            self._sums["samples"] += batch.num_samples
+            self._sums["padded_samples"] += batch.num_padded_samples
+
+    def reduce(self) -> dict[str, float]:
+        """Pause, and return the sums over all ranks. They are kept until `clear`."""
+        self.pause()
+        mine = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=self.accelerator.device)
+        mine[0] += self._loss
+        reduced = self.accelerator.reduce(mine, reduction="sum").tolist()
+        # From here on the first rank holds what all have counted, as after a resume: equal bits either way.
+        self._restart(reduced)
+        return dict(zip(METER_SUMS, reduced, strict=True))
+
+    def clear(self) -> None:
+        """Begin the next row of the log."""
+        self._restart([0.0] * len(METER_SUMS))
+
+    def _restart(self, sums: list[float]) -> None:
+        mine = sums if self.accelerator.is_main_process else [0.0] * len(METER_SUMS)
+        self._sums = dict(zip(METER_SUMS, mine, strict=True))
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+
+
+class Run:
+    """Everything that the loop works with; refuses what cannot work before anything is written."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.is_main = accelerator.is_main_process
+        self.folder = Path(config.output_dir)
+        self._started_at = time.monotonic()
+        self._refuse_occupied_folder()
+        self._open_data()
+        self._load_model()
+        self._select_utterances()
+        self._plan_updates()
+        if config.resume_from_checkpoint is None:
+            self._begin()
+        else:
+            self._resume()
+        self.gradients = SharedGradients([p for p in self.model.parameters() if p.requires_grad])
+        self.meter = Meter(accelerator, self.state.pending_sums)
+        if config.report_to:
+            accelerator.init_trackers("wav2vec2-ctc-finetune", config={k: str(v) for k, v in asdict(config).items()})
+
+    # Setting up
+
+    def _refuse_occupied_folder(self) -> None:
+        if self.config.resume_from_checkpoint is not None or not self.folder.exists():
+            return
+        if not self.folder.is_dir() or any(self.folder.iterdir()):
+            state = "a finished run" if (self.folder / "train_results.json").is_file() else "a run or other files"
+            raise UsageError(
+                f"{self.folder} holds {state}: go on with --resume_from_checkpoint last, "
+                "or start over with another --output_dir"
+            )
+
+    def _open_data(self) -> None:
+        data_dir = Path(self.config.data_dir)
+        self.train_set = ShardDataset(data_dir / "train")
+        self.eval_set = self.train_set if self.config.eval_split == "train" else ShardDataset(data_dir / "dev")
+        has_test = self.config.do_predict and (data_dir / "test").is_dir()
+        self.test_set = ShardDataset(data_dir / "test") if has_test else None
+
+    def _load_model(self) -> None:
+        config, device = self.config, self.accelerator.device
+        self.loaded = load_model(config, lambda: self.train_set.column("text"))
+        self.vocabulary, self.head_fits = self.loaded.vocabulary, self.loaded.head_fits
+        self.hf_config = self.loaded.model.hf.config
+        self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, config.characters_to_ignore, config.case)
+        self.collate = Collator(
+            self.normalizer,
+            self.vocabulary,
+            self.loaded.processor.feature_extractor.do_normalize,
+            self.hf_config,
+            config.seed,
+        )
+        self.model = self.loaded.model.to(device)
+        groups = optimizer_groups(self.model, config.weight_decay)
+        fused = device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if self.accelerator.scaler is not None:
+            # A rank whose cut is empty scales no loss, and unscaling needs the scale on its device.
+            self.accelerator.scaler.scale(torch.zeros((), device=device))
+
+    def _select_utterances(self) -> None:
+        config = self.config
+        self.coverage = preflight.check_coverage(self.train_set, self.normalizer, self.vocabulary)
+        self.selection = preflight.select_training_rows(
+            self.train_set, config, self.normalizer, self.vocabulary, self.hf_config
+        )
+        self.num_labels = self.selection.num_labels
+        candidates = self.selection.rows if config.eval_split == "train" else np.arange(len(self.eval_set))
+        self.eval_rows = preflight.draw_subset(candidates, config.max_eval_samples, config.seed)
+        self.sample_rows = preflight.draw_subset(self.eval_rows, SAMPLE_UTTERANCES, config.seed)
+
+    def _plan_updates(self) -> None:
+        config, processes, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
+        size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        self.state = RunState(size, self.train_set.fingerprint, dict(self.vocabulary.token_ids))
+        if config.resume_from_checkpoint is not None:
+            self._read_checkpoint()
+        rows = self.selection.rows
+        self.plan = BatchPlan(rows, self.train_set.num_samples[rows], self.state.utterances_per_update, config.seed)
+        self.total_steps = config.max_steps
+        if self.total_steps == -1:
+            self.total_steps = max(1, round(config.num_train_epochs * self.plan.updates_per_epoch))
+        self.cut = CutSettings(rank, processes, config.per_device_train_batch_size, config.max_batch_seconds)
+        self.eval_cut = CutSettings(rank, processes, config.per_device_eval_batch_size, config.max_batch_seconds)
+
+    def _begin(self) -> None:
+        """Say what will happen, then make the run directory."""
+        shown = preflight.show_utterances(self.train_set, self.selection.rows, self.normalizer, self.vocabulary)
+        disk = preflight.check_disk(self.folder, self._disk_bytes())
+        # No rank may look into the folder for another run once the first one has begun to write.
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            print("\n".join([*self._describe(disk), *shown]), flush=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            facts = describe_processes(self.accelerator)
+            header = "launched with " + ", ".join(f"{name} {value}" for name, value in facts.items())
+            environment = runlog.describe_environment(Path(__file__).parent, self.train_set.fingerprint, facts)
+            self._write("config.yaml", write_config(self.config, header))
+            self._write("environment.json", json.dumps(environment, indent=1))
+            self._open_tables()
+            preflight.write_drop_list(self.folder / "drop_list.csv", self.train_set, self.selection)
+
+    def _read_checkpoint(self) -> None:
+        """The state of the checkpoint to resume from, when it belongs to this data and vocabulary."""
+        self.checkpoint = checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint)
+        saved = RunState(**checkpoint.load_state(self.checkpoint)["run"])
+        for name, meaning in (("data_fingerprint", "training data"), ("vocabulary", "vocabulary")):
+            if getattr(saved, name) != getattr(self.state, name):
+                raise UsageError(f"{self.checkpoint} was made with another {meaning}: choose another --output_dir")
+        self.state = saved
+
+    def _resume(self) -> None:
+        """Weights, optimizer and scaler of the checkpoint; the log is cut back to its length."""
+        if self.state.step >= self.total_steps:
+            raise UsageError(
+                f"{self.folder} is finished (step {self.state.step} of {self.total_steps}): use model/, "
+                "or train into another --output_dir"
+            )
+        tensors, saved = checkpoint.load_checkpoint(self.checkpoint)
+        self.model.hf.load_state_dict(
+            {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        )
+        checkpoint.restore_optimizer(self.model, self.optimizer.optimizer, tensors, saved["optimizer"])
+        if self.accelerator.scaler is not None and saved["scaler"]:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        if self.is_main:
+            checkpoint.recover_folder(self.folder / "model")
+            self._open_tables()
+            self.log.truncate(self.state.log_bytes)
+            self.samples.truncate(self.state.sample_bytes)
+            print(f"resumed from {self.checkpoint} at step {self.state.step} of {self.total_steps}", flush=True)
+        self.accelerator.wait_for_everyone()
+
+    def _open_tables(self) -> None:
+        self.log = runlog.TrainingLog(self.folder / "training_log.csv")
+        self.samples = runlog.SampleTable(self.folder / "eval_samples.csv")
+
+    def _describe(self, disk: str) -> list[str]:
+        """The screen at the start, one line per fact."""
+        config, processes = self.config, self.accelerator.num_processes
+        facts = describe_processes(self.accelerator)
+        trained, frozen = parameter_counts(self.model)
+        seconds = self.plan.num_samples.sum(dtype=np.int64) / SAMPLE_RATE_HZ
+        drops = ", ".join(f"{reason} {count}" for reason, count in self.selection.drops_by_reason.items()) or "none"
+        size = self.state.utterances_per_update
+        return [
+            f"data        {config.data_dir}: {len(self.plan.rows)} training utterances, {seconds / 3600:.2f} h; "
+            f"evaluation on {len(self.eval_rows)} of {self.eval_set.folder}",
+            f"left out    {drops}",
+            f"text        case {self.normalizer.case}, vocabulary of {len(self.vocabulary)}: {self.coverage}",
+            f"model       {config.model_name_or_path or self.hf_config.model_type + ' from random weights'}: "
+            f"{trained:,} parameters trained, {frozen:,} frozen",
+            *(f"            {note}" for note in self.loaded.notes),
+            f"update      {config.per_device_train_batch_size} per micro-batch x {config.gradient_accumulation_steps} "
+            f"accumulated x {processes} processes = {size} utterances, {seconds / len(self.plan.rows) * size:.0f} s "
+            "of audio" + (f"; cut at {config.max_batch_seconds} s of padded audio" if config.max_batch_seconds else ""),
+            f"run         {self.total_steps} updates, {self.plan.updates_per_epoch} per epoch; precision "
+            f"{facts['mixed_precision']} on {facts['device']}, {facts['distributed_type']}; seed {config.seed}",
+            f"disk        {disk}",
+        ]
+
+    def _disk_bytes(self) -> int:
+        """Checkpoints with two moments per trained weight, one more while it is written, and the best model twice."""
+        trained, frozen = parameter_counts(self.model)
+        weights = (trained + frozen) * BYTES_PER_WEIGHT
+        return (self.config.save_total_limit + 1) * (weights + 2 * trained * BYTES_PER_WEIGHT) + 2 * weights
+
+    # What is written while training
+
+    def log_training(self, progress: Progress) -> None:
+        """A row for the updates since the last one."""
+        self._log_row(self._training_values(), progress)
+
+    def log_evaluation(
+        self, score: Score, seconds: float, samples: list[dict[str, object]], progress: Progress
+    ) -> None:
+        """A row with the scores, the samples, the plot; and model/, when the WER is the best so far."""
+        values = self._training_values() if self.state.step else {}
+        values |= evaluation_values(score) | {"eval_runtime": seconds}
+        self._log_row(values, progress)
+        if self.is_main:
+            self.samples.append(*samples)
+            for sample in samples[:SAMPLES_SHOWN]:
+                progress.print(f"    reference  {sample['reference']}\n    prediction {sample['prediction']}")
+            runlog.draw_training_curve(runlog.read_log(self.log.path), self.folder / "training_curve.png")
+        if self.state.step == 0:
+            self.state.eval_wer_before = score.wer
+        elif self.state.best_eval_wer is None or score.wer < self.state.best_eval_wer:
+            self.state.best_eval_wer, self.state.best_step = score.wer, self.state.step
+            if self.is_main:
+                self._save_best()
+
+    def save_checkpoint(self) -> None:
+        """What a resume needs; older checkpoints go when the new one is whole."""
+        state = self.state
+        state.pending_sums = list(self.meter.reduce().values())
+        state.elapsed_seconds = self._elapsed_seconds()
+        self._started_at = time.monotonic()
+        if self.is_main:
+            state.log_bytes, state.sample_bytes = self.log.length_bytes, self.samples.length_bytes
+            tensors = {f"model/{name}": value for name, value in self.model.hf.state_dict().items()}
+            moments, optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer.optimizer)
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
+            facts = {"run": asdict(state), "optimizer": optimizer, "scaler": scaler}
+            checkpoint.save_checkpoint(self.folder, state.step, tensors | moments, facts)
+            checkpoint.prune_checkpoints(self.folder, self.config.save_total_limit)
+        self.meter.start()
+
+    def load_best(self) -> None:
+        """Put the weights of model/ in place, on every rank."""
+        self.accelerator.wait_for_everyone()
+        self.model.hf.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
+
+    def write_results(self, results: dict[str, object]) -> None:
+        """`train_results.json`, the mark of a finished run."""
+        self._write("train_results.json", json.dumps(results, indent=1))
+
+    def training_results(self) -> dict[str, object]:
+        """Hugging Face's names for the figures of the whole run."""
+        state, sums = self.state, dict(zip(METER_SUMS, self.state.sums, strict=True))
+        return {
+            "epoch": state.step / self.plan.updates_per_epoch,
+            "train_loss": sums["loss"] / max(sums["labels"], 1),
+            "train_runtime": sums["seconds"],
+            "train_samples": len(self.plan.rows),
+            "train_samples_per_second": sums["utterances"] / max(sums["seconds"], 1e-9),
+            "train_steps_per_second": state.step / max(sums["seconds"], 1e-9),
+            "best_step": state.best_step,
+            "best_eval_wer": state.best_eval_wer,
+            "eval_wer_before": state.eval_wer_before,
+        }
+
+    def _training_values(self) -> dict[str, float]:
+        """What the meter counted since the last row, which ends here."""
+        sums = self.meter.reduce()
+        self.meter.clear()
+        loss = sums["loss"] / max(sums["labels"], 1)
+        grad_norm = float(self.meter.grad_norm)
+        if not np.isfinite(loss):
+            raise RunFailed(
+                f"training loss {loss} at step {self.state.step}: lower --learning_rate or raise --warmup_steps; "
+                f"{self.folder / 'checkpoints'} holds the last good state"
+            )
+        self.state.sums = [total + new for total, new in zip(self.state.sums, sums.values(), strict=True)]
+        seconds = max(sums["seconds"], 1e-9)
+        self.meter.note = f"loss {loss:.3f}"
+        config = self.config
+        return {
+            "train_loss": loss,
+            "learning_rate": learning_rate_at(
+                self.state.step - 1,
+                config.lr_scheduler_type,
+                config.learning_rate,
+                config.warmup_steps,
+                self.total_steps,
+            ),
+            "grad_norm": grad_norm,
+            "samples_per_second": sums["utterances"] / seconds,
+            "audio_seconds_per_second": sums["samples"] / SAMPLE_RATE_HZ / seconds,
+            "padding_fraction": 1 - sums["samples"] / max(sums["padded_samples"], 1),
+            "scaler_skips": self.state.sums[METER_SUMS.index("scaler_skips")],
+        }
+
+    def _log_row(self, values: dict[str, float], progress: Progress) -> None:
+        row = {
+            "step": self.state.step,
+            "epoch": self.state.step / self.plan.updates_per_epoch,
+            **values,
+            "peak_memory_mb": peak_memory_mb(self.accelerator.device),
+            "elapsed_seconds": self._elapsed_seconds(),
+        }
+        if self.is_main:
+            self.log.append(row)
+            progress.print(describe_row(row, self.total_steps))
+        if self.config.report_to:
+            self.accelerator.log(values, step=self.state.step)
+        self.meter.start()
+
+    def _save_best(self) -> None:
+        temporary = self.folder / "model.new"
+        save_model(self.loaded, temporary)
+        rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
+        (temporary / "text_rules.json").write_text(json.dumps(rules, ensure_ascii=False, indent=1), encoding="utf-8")
+        checkpoint.replace_folder(temporary, self.folder / "model")
+
+    def _elapsed_seconds(self) -> float:
+        return self.state.elapsed_seconds + time.monotonic() - self._started_at
+
+    def _write(self, name: str, text: str) -> None:
+        checkpoint.write_atomically(self.folder / name, text.encode())
+
+
+def evaluation_values(score: Score) -> dict[str, float]:
+    """A score under the names of the log."""
+    return {
+        "eval_loss": score.loss,
+        "eval_wer": score.wer,
+        "eval_cer": score.cer,
+        "eval_raw_wer": score.raw_wer,
+        "eval_sentence_error_rate": score.sentence_error_rate,
+        "blank_fraction": score.blank_fraction,
+        "eval_near_ties": score.near_ties,
+    }
+
+
+def describe_row(row: dict[str, float], total_steps: int) -> str:
+    """One line for the screen."""
+    parts = [f"step {row['step']}/{total_steps}", f"epoch {row['epoch']:.2f}"]
+    if "train_loss" in row:
+        parts.append(f"loss {row['train_loss']:.3f}, grad norm {row['grad_norm']:.2f}, lr {row['learning_rate']:.2e}")
+        parts.append(f"{row['samples_per_second']:.1f} utterances/s")
+    if "eval_wer" in row:
+        parts.append(f"dev loss {row['eval_loss']:.3f}, WER {row['eval_wer']:.2%}, CER {row['eval_cer']:.2%}")
+        parts.append(f"evaluated in {row['eval_runtime']:.1f} s")
+    return ", ".join(parts)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory so far: of the GPU's allocator, or of the process (resident) without a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

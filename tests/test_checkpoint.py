@@ -1,0 +1,308 @@
+"""Checkpoints: what comes back, what is refused, and what a kill or a full disk leaves behind."""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import (
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    load_checkpoint,
+    load_state,
+    optimizer_tensors,
+    prune_checkpoints,
+    recover_folder,
+    replace_folder,
+    restore_optimizer,
+    save_checkpoint,
+    write_atomically,
+)
+from errors import RunFailed, UsageError
+
+TENSORS = {
+    "model.weight": torch.tensor([[1.5, float("nan")], [float("-inf"), 1e-45]]),
+    "half": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).t(),
+    "random_state": torch.arange(16, dtype=torch.uint8),
+    "count": torch.tensor(7),
+    "empty": torch.zeros(0, 3),
+}
+
+
+class Killed(BaseException):
+    """Ends a call where a kill would."""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    state = {"step": 500, "best": 0.1 + 0.2, "none": None, "nested": {"list": [1, 2.5, "ọ́"]}}
+    folder = save_checkpoint(tmp_path, 500, TENSORS, state)
+    assert folder == tmp_path / "checkpoints" / "step_000500"
+    assert names(folder) == ["manifest.json", "state.json", "tensors.safetensors"]
+    assert names(folder.parent) == ["step_000500"]
+    tensors, loaded_state = load_checkpoint(find_checkpoint(tmp_path, "last"))
+    assert loaded_state == load_state(folder) == state
+    assert set(tensors) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert (tensors[name].dtype, tensors[name].shape) == (tensor.dtype, tensor.shape)
+        # As bytes, since NaN differs from itself.
+        found, expected = (values.contiguous().reshape(-1).view(torch.uint8) for values in (tensors[name], tensor))
+        assert torch.equal(found, expected)
+
+
+def damage_truncate(folder: Path) -> None:
+    os.truncate(folder / "tensors.safetensors", 100)
+
+
+def damage_flip(folder: Path) -> None:
+    data = bytearray((folder / "tensors.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "tensors.safetensors").write_bytes(data)
+
+
+def damage_state(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"schema_version": 1, "files"')
+
+
+def damage_no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def damage_version(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_truncate, "tensors.safetensors has 100 bytes"),
+        (damage_flip, "checksum of tensors.safetensors"),
+        (damage_state, "state.json cannot be read"),
+        (damage_manifest, "is not a manifest"),
+        (damage_no_manifest, "manifest.json cannot be read"),
+        (damage_version, "schema version 99"),
+    ],
+)
+def test_damaged_checkpoint_is_skipped_with_a_message(tmp_path: Path, damage, words: str) -> None:
+    older, newer = (save_checkpoint(tmp_path, step, TENSORS, {}) for step in (100, 200))
+    damage(newer)
+    messages: list[str] = []
+    assert find_checkpoint(tmp_path, "last", messages.append) == older
+    assert len(messages) == 1
+    assert words in messages[0]
+    assert str(newer) in messages[0]
+    with pytest.raises(UsageError, match=words):
+        find_checkpoint(tmp_path, str(newer))
+    prune_checkpoints(tmp_path, keep=1, report=messages.append)
+    assert list_checkpoints(tmp_path) == [older, newer]
+    assert "older checkpoints are kept" in messages[1]
+    assert save_checkpoint(tmp_path, 200, TENSORS, {}) == newer
+    assert find_damage(newer) is None
+
+
+def test_named_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no intact checkpoint"):
+        find_checkpoint(tmp_path, "last")
+    older, _ = (save_checkpoint(tmp_path / "run", step, TENSORS, {}) for step in (100, 200))
+    other = save_checkpoint(tmp_path / "other", 100, TENSORS, {})
+    assert find_checkpoint(tmp_path / "run", str(older)) == older
+    assert find_checkpoint(tmp_path / "run", "step_000100") == older
+    for which in (str(other), "step_000300", str(tmp_path)):
+        with pytest.raises(UsageError, match="not a checkpoint in"):
+            find_checkpoint(tmp_path / "run", which)
+
+
+def test_retention_and_steps_left_behind(tmp_path: Path) -> None:
+    for step in (100, 200, 1_000_000):
+        save_checkpoint(tmp_path, step, TENSORS, {"step": step})
+        prune_checkpoints(tmp_path, keep=2)
+    assert names(tmp_path / "checkpoints") == ["step_000200", "step_1000000"]
+    # Resumed at 200 and saved again: what follows from there replaces the later step.
+    save_checkpoint(tmp_path, 300, TENSORS, {"step": 300})
+    prune_checkpoints(tmp_path, keep=2)
+    assert names(tmp_path / "checkpoints") == ["step_000200", "step_000300"]
+    prune_checkpoints(tmp_path, keep=1)
+    prune_checkpoints(tmp_path, keep=1)
+    assert names(tmp_path / "checkpoints") == ["step_000300"]
+
+
+def test_leftovers_of_a_killed_save_are_no_checkpoints(tmp_path: Path) -> None:
+    intact = save_checkpoint(tmp_path, 100, TENSORS, {})
+    shutil.copytree(intact, intact.with_name("step_000200.unfinished"))
+    assert find_checkpoint(tmp_path, "last") == intact
+    save_checkpoint(tmp_path, 300, TENSORS, {})
+    assert names(tmp_path / "checkpoints") == ["step_000100", "step_000300"]
+
+
+@pytest.mark.parametrize("renames_before_the_kill", [0, 1, 2])
+def test_interrupted_swap_of_a_folder_is_mended(tmp_path: Path, monkeypatch, renames_before_the_kill: int) -> None:
+    new, target = tmp_path / "new", tmp_path / "model"
+    for folder in (new, target):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    calls, rename = [], Path.rename
+
+    def rename_until_killed(self: Path, other: Path) -> Path:
+        if len(calls) == renames_before_the_kill:
+            raise Killed
+        calls.append(other)
+        return rename(self, other)
+
+    def remove_never(path: Path) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", rename_until_killed)
+        patch.setattr(checkpoint.shutil, "rmtree", remove_never)
+        replace_folder(new, target)
+    recover_folder(target)
+    assert (target / "file").read_text() == ("new" if renames_before_the_kill == 2 else "model")
+    assert "model.aside" not in names(tmp_path)
+    if new.exists():
+        replace_folder(new, target)
+    assert (target / "file").read_text() == "new"
+    assert names(tmp_path) == ["model"]
+
+
+def test_killed_replacement_of_a_checkpoint_is_mended_by_find(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, 100, TENSORS, {})
+    folder.rename(folder.with_name("step_000100.aside"))
+    assert find_checkpoint(tmp_path, "last") == folder
+
+
+def test_failed_atomic_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_atomically(path, "old ọ")
+
+    def write_half(file) -> None:
+        file.write(b"ne")
+        raise Killed
+
+    with pytest.raises(Killed):
+        write_atomically(path, write_half)
+    assert path.read_text(encoding="utf-8") == "old ọ"
+    assert names(tmp_path) == ["file.json"]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    with pytest.raises(RunFailed, match=r"missing.*cannot be written: No such file"):
+        write_atomically(tmp_path / "missing" / "file", b"")
+
+
+def test_full_disk_names_path_and_space_and_keeps_what_was(small_disk: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "SPARE_BYTES", 0)
+    folder = save_checkpoint(small_disk, 100, {"weight": torch.zeros(2_000_000)}, {})
+    with pytest.raises(RunFailed, match=r"disk full at .*checkpoints: 16.0 MB needed, 1\d\.\d MB free"):
+        save_checkpoint(small_disk, 200, {"weight": torch.zeros(4_000_000)}, {})
+    # The space vanishes after the check: the operating system's own error, as safetensors reports it.
+    monkeypatch.setattr(checkpoint, "check_free_space", lambda folder, num_bytes: None)
+    with pytest.raises(RunFailed, match=r"disk full at .*step_000200: 16.0 MB needed"):
+        save_checkpoint(small_disk, 200, {"weight": torch.zeros(4_000_000)}, {})
+    with pytest.raises(RunFailed, match=r"disk full at .*plot.png"):
+        write_atomically(small_disk / "plot.png", bytes(16_000_000))
+    assert names(small_disk) == ["checkpoints"]
+    assert names(small_disk / "checkpoints") == ["step_000100"]
+    assert find_checkpoint(small_disk, "last") == folder
+
+
+def test_reserve_is_checked_before_a_save(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(RunFailed, match=r"1\.0 kB free"):
+        save_checkpoint(tmp_path, 1, TENSORS, {})
+    assert names(tmp_path / "checkpoints") == []
+
+
+class Poison:
+    def __reduce__(self):
+        return os.system, ("touch poisoned",)
+
+
+def test_poisoned_checkpoint_is_refused_and_not_executed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = save_checkpoint(tmp_path, 100, TENSORS, {})
+    data = pickle.dumps(Poison())
+    (folder / "tensors.safetensors").write_bytes(data)
+    assert "bytes" in find_damage(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["tensors.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="is not a checkpoint of this program"):
+        load_checkpoint(find_checkpoint(tmp_path, "last"))
+    assert not (tmp_path / "poisoned").exists()
+
+
+def make_training(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    biases = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
+    return model, torch.optim.AdamW(groups, lr=1e-2)
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+        model(inputs).square().sum().backward()
+        optimizer.step()
+
+
+def test_resumed_optimizer_continues_bit_for_bit(tmp_path: Path) -> None:
+    model, optimizer = make_training(0)
+    train(model, optimizer, range(3))
+    optimizer.param_groups[0]["lr"] = 3e-3
+    tensors, state = optimizer_tensors(model, optimizer)
+    assert set(tensors) == {
+        f"optimizer.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq") for name, _ in model.named_parameters()
+    }
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path, 3, {**weights, **tensors}, {"optimizer": state})
+    train(model, optimizer, range(3, 6))
+
+    resumed_model, resumed_optimizer = make_training(1)
+    loaded, loaded_state = load_checkpoint(find_checkpoint(tmp_path, "last"))
+    resumed_model.load_state_dict(
+        {name.removeprefix("model."): tensor for name, tensor in loaded.items() if name.startswith("model.")}
+    )
+    restore_optimizer(resumed_model, resumed_optimizer, loaded, loaded_state["optimizer"])
+    assert [group["lr"] for group in resumed_optimizer.param_groups] == [3e-3, 1e-2]
+    train(resumed_model, resumed_optimizer, range(3, 6))
+    for expected, found in zip(model.parameters(), resumed_model.parameters(), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_optimizer_of_other_parameters_is_refused() -> None:
+    model, optimizer = make_training(0)
+    train(model, optimizer, range(1))
+    tensors, state = optimizer_tensors(model, optimizer)
+    model[0].bias.requires_grad_(False)
+    other = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    with pytest.raises(UsageError, match=r"trains 6 parameters and this run 5; they differ in 0\.bias"):
+        restore_optimizer(model, other, tensors, state)

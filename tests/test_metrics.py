@@ -1,0 +1,150 @@
+"""Decoding against transformers' tokenizer, error counts against jiwer."""
+
+import random
+
+import jiwer
+import pytest
+import torch
+
+from metrics import (
+    ErrorCounts,
+    Score,
+    count_character_errors,
+    count_word_errors,
+    greedy_decode,
+    score_batch,
+    score_by,
+    score_text,
+)
+from text import LARGE_960H_VOCABULARY, Vocabulary, build_tokenizer, build_vocabulary
+
+YORUBA = ["ọjọ́ tí a máa ń ṣe àjọyọ̀", "ẹ̀kọ́ gbígbà", "ƙasa ɗan ɓangare ʼyan"]
+VOCABULARIES = {
+    "large_960h": LARGE_960H_VOCABULARY,
+    "combining_marks": build_vocabulary(YORUBA),
+    "brackets": {"[PAD]": 3, "[UNK]": 2, "|": 0, "a": 1, "\u0301": 4, "'": 5},
+}
+
+
+def random_logits(generator: torch.Generator, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits with many repeats, blanks and delimiters, as a trained model gives them."""
+    batch, frames = 4, 60
+    logits_BTV = torch.randn(batch, frames, size, generator=generator)
+    logits_BTV = logits_BTV.repeat_interleave(int(torch.randint(1, 4, (), generator=generator)), dim=1)
+    logits_BTV[..., :5] += 1.0
+    return logits_BTV, torch.randint(0, logits_BTV.shape[1] + 1, (batch,), generator=generator)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_lower_case": True}, {"clean_up_tokenization_spaces": True}])
+@pytest.mark.parametrize("extra_outputs", [0, 3])
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_greedy_decode_equals_the_tokenizer(name: str, extra_outputs: int, options: dict) -> None:
+    tokenizer = build_tokenizer(VOCABULARIES[name])
+    for option, value in options.items():
+        setattr(tokenizer, option, value)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    for seed in range(60):
+        logits_BTV, lengths_B = random_logits(torch.Generator().manual_seed(seed), len(tokenizer) + extra_outputs)
+        rows = zip(logits_BTV.argmax(-1), lengths_B, strict=True)
+        expected = [tokenizer.decode(ids_T[:length]) for ids_T, length in rows]
+        assert greedy_decode(logits_BTV, lengths_B, vocabulary) == expected
+        assert greedy_decode(logits_BTV.argmax(-1), lengths_B, vocabulary) == expected
+
+
+@pytest.mark.parametrize(
+    ("frames", "text"),
+    [
+        ("__HH_E_LL_LLOO", "HELLO"),
+        ("|A||_|B|", "A  B"),
+        ("AA_A", "AA"),
+        ("____", ""),
+        ("", ""),
+        ("|||", ""),
+    ],
+)
+def test_greedy_decode_literal_table(frames: str, text: str) -> None:
+    ids = [[LARGE_960H_VOCABULARY.get(frame, 0) for frame in frames]]
+    decoded = greedy_decode(
+        torch.tensor(ids, dtype=torch.long), torch.tensor([len(frames)]), Vocabulary(LARGE_960H_VOCABULARY)
+    )
+    assert decoded == [text]
+
+
+def test_padded_frames_are_not_decoded() -> None:
+    ids_BT = torch.tensor([[7, 24, 5, 5]])
+    assert greedy_decode(ids_BT, torch.tensor([2]), Vocabulary(LARGE_960H_VOCABULARY)) == ["AB"]
+
+
+def test_error_counts_equal_jiwer_on_random_texts() -> None:
+    generator = random.Random(0)
+    pool = ["a", "b", "ab", "ọjọ́", "ɓa", "it's", "<unk>"]
+    references, hypotheses = [], []
+    words, characters = ErrorCounts(), ErrorCounts()
+    for _ in range(1500):
+        reference = " ".join(generator.choices(pool, k=generator.randint(0, 9)))
+        hypothesis = (" " * generator.randint(1, 2)).join(generator.choices(pool, k=generator.randint(0, 9)))
+        found, expected = count_word_errors(reference, hypothesis), jiwer.process_words(reference, hypothesis)
+        assert vars(found) == {name: getattr(expected, name) for name in vars(found)}
+        assert found.rate == expected.wer
+        found_characters = count_character_errors(reference, hypothesis)
+        expected_characters = jiwer.process_characters(reference, hypothesis)
+        assert vars(found_characters) == {name: getattr(expected_characters, name) for name in vars(found_characters)}
+        words, characters = words + found, characters + found_characters
+        references.append(reference)
+        hypotheses.append(hypothesis)
+    assert words.rate == jiwer.wer(references, hypotheses)
+    assert characters.rate == jiwer.cer(references, hypotheses)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "counts", "rate"),
+    [
+        ("", "", ErrorCounts(), 0.0),
+        ("", "a b", ErrorCounts(insertions=2), 2.0),
+        ("a b", "", ErrorCounts(deletions=2), 1.0),
+        ("a b c", "a x c d", ErrorCounts(1, 0, 1, 2), 2 / 3),
+        ("\u1ecdj\u1ecd\u0301", "o\u0323jo\u0323\u0301", ErrorCounts(hits=1), 0.0),
+        ("a\u00a0b\tc", "a b c", ErrorCounts(hits=3), 0.0),
+    ],
+)
+def test_word_errors_literal_table(reference: str, hypothesis: str, counts: ErrorCounts, rate: float) -> None:
+    assert count_word_errors(reference, hypothesis) == counts
+    assert counts.rate == rate
+
+
+def test_rates_are_pooled_not_averaged() -> None:
+    score = score_text("a", "A", "b") + score_text(" ".join("abcdefgh"), "x", " ".join("abcdefgh"))
+    assert score.wer == 1 / 9
+    assert score.raw_wer == (1 + 8) / 2
+    assert score.utterances_with_error == 1
+
+
+def test_score_batch_counts_frames_ties_and_empty_hypotheses() -> None:
+    vocabulary = Vocabulary(LARGE_960H_VOCABULARY)
+    logits_BTV = torch.zeros(2, 4, 32)
+    for frame, token in enumerate("A_|B"):
+        logits_BTV[0, frame, LARGE_960H_VOCABULARY.get(token, 0)] = 1.0
+    logits_BTV[0, 1, 9] = 1.0 - 5e-5
+    logits_BTV[1, :, 0] = 1.0
+    score, hypotheses = score_batch(
+        logits_BTV, torch.tensor([4, 3]), vocabulary, ["A B", "C"], ["a b", "C"], loss_sum=6.0, labels=4
+    )
+    assert hypotheses == ["A B", ""]
+    assert (score.utterances, score.utterances_with_error, score.empty_hypotheses) == (2, 1, 1)
+    assert (score.frames, score.blank_frames, score.near_ties) == (7, 4, 1)
+    assert (score.wer, score.raw_wer, score.sentence_error_rate, score.loss) == (1 / 3, 1.0, 0.5, 1.5)
+    assert score.blank_fraction == 4 / 7
+
+
+def test_vectors_add_as_scores_do() -> None:
+    one = score_text("a b c", "A b", "a x") + Score(utterances=1, frames=70, blank_frames=9, loss_sum=1.25, labels=5)
+    two = score_text("d", "d", "d e f") + Score(utterances=1, frames=2**40, near_ties=3, loss_sum=0.5, labels=1)
+    assert Score.from_vector(one.to_vector()) == one
+    assert Score.from_vector(one.to_vector() + two.to_vector()) == one + two
+    assert Score.from_vector(Score().to_vector()) == Score()
+    assert (Score().wer, Score().loss, Score().blank_fraction, Score().sentence_error_rate) == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_score_by_group() -> None:
+    counts = score_by(["seen", "unseen", "seen"], ["a b", "c", "d"], ["a x", "c", "d"])
+    assert counts == {"seen": ErrorCounts(0, 0, 1, 2), "unseen": ErrorCounts(hits=1)}

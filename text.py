@@ -1,0 +1,332 @@
+"""Transcripts: normalisation, the vocabulary of a CTC head, and how well a vocabulary covers a text.
+
+L: labels of one utterance.
+"""
+
+import json
+import re
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import Wav2Vec2CTCTokenizer
+
+Case = Literal["upper", "lower", "keep"]
+
+# The vocabulary of facebook/wav2vec2-large-960h and of the demo.
+LARGE_960H_VOCABULARY = {
+    token: index for index, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"|ETAONIHSRDLUMWCFGYPBVK'XJQZ"])
+}
+# Vocabularies in the field write the two tokens that every CTC head needs in one of these ways.
+PAD_TOKENS = ("<pad>", "[PAD]")
+UNKNOWN_TOKENS = ("<unk>", "[UNK]")
+WORD_DELIMITER = "|"
+
+# ’ ‘ ‛ ʼ ` ´ ′ ＇: what transcribers type where an apostrophe is meant.
+APOSTROPHE_VARIANTS = "\u2019\u2018\u201b\u02bc\u0060\u00b4\u2032\uff07"
+# Nobody hears or sees these: control characters that are no whitespace, soft hyphen, zero-width and bidi controls,
+# variation selectors.
+INVISIBLE_CHARACTERS = "".join(
+    chr(code)
+    for first, last in (
+        (0x00, 0x08), (0x0E, 0x1B), (0x7F, 0x84), (0x86, 0x9F), (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C),
+        (0x180E, 0x180E), (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF),
+    )
+    for code in range(first, last + 1)
+)  # fmt: skip
+# What transformers replaces when a tokenizer's clean_up_tokenization_spaces is on (PreTrainedTokenizerBase).
+SPACE_CLEAN_UPS = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+    (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextNormalizer:
+    """A transcript as found -> the text that is learned and scored: NFC, one case, single spaces.
+
+    Apostrophe variants become "'", invisible characters go, and so does each of `characters_to_ignore`; a combining
+    mark among them is also taken off composed letters. Case mapping is Unicode's, without a language's own rules
+    (Turkish dotless i). Normalising twice changes nothing.
+    """
+
+    characters_to_ignore: str = ""
+    case: Case = "keep"
+    letters: frozenset[str] = frozenset()
+    """Characters of the vocabulary, never taken for an apostrophe variant or for invisible (U+02BC in Breton, the
+    zero-width non-joiner in Persian). `characters_to_ignore` goes before it."""
+
+    @classmethod
+    def for_vocabulary(cls, vocabulary: "Vocabulary", characters_to_ignore: str, case: str) -> "TextNormalizer":
+        """The normalizer whose texts fit `vocabulary`; `case` may be "auto".
+
+        Raises:
+            UsageError: the checkpoint's tokenizer writes lower case only and another case is asked for.
+        """
+        if vocabulary.lowercases:
+            if case not in ("auto", "lower"):
+                raise UsageError(f"--case {case}: this checkpoint's tokenizer writes lower case; use --case auto")
+            case = "lower"
+        letters = frozenset(token for token in vocabulary.token_ids if len(token) == 1)
+        return cls(characters_to_ignore, resolve_case(case, vocabulary.token_ids), letters)
+
+    def __call__(self, text: str) -> str:
+        """Normalise one transcript."""
+        text = unicodedata.normalize("NFC", text)
+        if self.case != "keep":
+            text = text.upper() if self.case == "upper" else text.lower()
+        if self._ignores_marks:
+            text = self._replace(unicodedata.normalize("NFD", text))
+        # Again, since a change of case or a removed joiner can leave a letter and its mark side by side.
+        text = unicodedata.normalize("NFC", self._replace(text))
+        return " ".join(text.split())
+
+    def normalize_many(self, texts: Sequence[str]) -> list[str]:
+        """`[normalizer(text) for text in texts]`, at about 100,000 sentences a second."""
+        return [self(text) for text in texts]
+
+    def _replace(self, text: str) -> str:
+        # A search for what is to change is three times as fast as str.translate outside ASCII.
+        return self._pattern.sub(self._replacement, text)
+
+    def _replacement(self, match: re.Match[str]) -> str:
+        return self._table[match[0]]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(f"[{re.escape(''.join(self._table))}]")
+
+    @cached_property
+    def _table(self) -> dict[str, str]:
+        """What each character that does not stay becomes."""
+        ignored = set(self.characters_to_ignore)
+        if self.case != "keep":
+            ignored |= {character.upper() if self.case == "upper" else character.lower() for character in ignored}
+        apostrophe = "" if "'" in ignored else "'"
+        table = {character: apostrophe for character in APOSTROPHE_VARIANTS if character not in self.letters}
+        table |= {character: "" for character in INVISIBLE_CHARACTERS if character not in self.letters}
+        return table | {character: "" for character in ignored if len(character) == 1}
+
+    @cached_property
+    def _ignores_marks(self) -> bool:
+        return any(unicodedata.combining(character) for character in self.characters_to_ignore)
+
+
+def resolve_case(case: str, vocabulary: Mapping[str, int]) -> Case:
+    """`case`, or for "auto" the one that the letters of `vocabulary` have; "keep" when they have both or none."""
+    if case != "auto":
+        return case
+    letters = [token for token in vocabulary if len(token) == 1 and token.lower() != token.upper()]
+    has_upper = any(letter != letter.lower() for letter in letters)
+    has_lower = any(letter != letter.upper() for letter in letters)
+    if has_upper == has_lower:
+        return "keep"
+    return "upper" if has_upper else "lower"
+
+
+def build_vocabulary(texts: Iterable[str], minimum_count: int = 1) -> dict[str, int]:
+    """Tokens and ids for normalised training texts: `<pad>` 0, `<unk>` 1, `|` 2, then characters by code point.
+
+    No `<s>` and `</s>`: CTC never emits them, and the head would carry two dead outputs. Characters seen less than
+    `minimum_count` times stay unknown, and so does a literal "|", which would end words.
+
+    Raises:
+        UsageError: no character is left to learn.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    characters = sorted(
+        character for character, count in counts.items() if count >= minimum_count and character not in " |"
+    )
+    if not characters:
+        raise UsageError(
+            f"the training texts hold no character at least {minimum_count} times: check the text column and "
+            "--characters_to_ignore"
+        )
+    return {token: index for index, token in enumerate([PAD_TOKENS[0], UNKNOWN_TOKENS[0], WORD_DELIMITER, *characters])}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Labels of a CTC head: text to ids, and ids to the very text that `Wav2Vec2CTCTokenizer.decode` gives."""
+
+    token_ids: dict[str, int]
+    pad_token: str = PAD_TOKENS[0]
+    """The CTC blank."""
+    unknown_token: str = UNKNOWN_TOKENS[0]
+    delimiter_token: str = WORD_DELIMITER
+    delimiter_text: str = " "
+    """What the delimiter becomes in a decoded text."""
+    lowercases: bool = False
+    """The tokenizer's `do_lower_case`: upper-case labels, lower-case text."""
+    cleans_up_spaces: bool = False
+    """The tokenizer's `clean_up_tokenization_spaces`: `WE 'RE` becomes `WE'RE`."""
+
+    def __post_init__(self) -> None:
+        missing = [token for token in (self.pad_token, self.unknown_token) if token not in self.token_ids]
+        if missing:
+            raise UsageError(f"the vocabulary has no {' and no '.join(missing)}: add it (blank and unknown are needed)")
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: "Wav2Vec2CTCTokenizer") -> "Vocabulary":
+        """What a Hugging Face CTC tokenizer does; of a nested one (MMS) the language that is set."""
+        return cls(
+            token_ids=tokenizer.get_vocab(),
+            pad_token=tokenizer.pad_token,
+            unknown_token=tokenizer.unk_token,
+            delimiter_token=tokenizer.word_delimiter_token,
+            delimiter_text=tokenizer.replace_word_delimiter_char,
+            lowercases=tokenizer.do_lower_case,
+            cleans_up_spaces=bool(tokenizer.clean_up_tokenization_spaces),
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def blank_id(self) -> int:
+        """Id of the CTC blank."""
+        return self.token_ids[self.pad_token]
+
+    @property
+    def unknown_id(self) -> int:
+        """Label of every character that the vocabulary lacks."""
+        return self.token_ids[self.unknown_token]
+
+    @property
+    def delimiter_id(self) -> int | None:
+        """Label of the space between words; None when the vocabulary has none."""
+        return self.token_ids.get(self.delimiter_token)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Normalised text -> int32 labels_L, one per character.
+
+        Unlike the tokenizer's, no text can name a token: a literal `|`, `<s>` or `<pad>` becomes unknown characters,
+        not a word end or a blank. A token of several characters is never used.
+        """
+        codes = np.frombuffer(self._as_labelled(text).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        return self._ids_by_code[np.minimum(codes, len(self._ids_by_code) - 1)]
+
+    def decode_labels(self, ids_L: Iterable[int]) -> str:
+        """Labels -> text, without the collapse of repeats that CTC frames need; blanks vanish.
+
+        Special tokens appear as they are spelled and an id that the vocabulary lacks as the unknown token, which is
+        what `transformers.pipeline` writes too.
+        """
+        last = len(self._texts) - 1
+        text = "".join([self._texts[min(index, last)] for index in np.asarray(ids_L).tolist()]).strip()
+        if self.lowercases:
+            text = text.lower()
+        if self.cleans_up_spaces:
+            for before, after in SPACE_CLEAN_UPS:
+                text = text.replace(before, after)
+        return text
+
+    def known_ids(self, ids: np.ndarray) -> np.ndarray:
+        """`ids` of any shape, those that the vocabulary lacks (a head larger than it) replaced by `unknown_id`."""
+        return self._known_ids[np.minimum(ids, len(self._known_ids) - 1)]
+
+    @cached_property
+    def characters(self) -> frozenset[str]:
+        """Every character of a normalised text that has a label, the space included."""
+        special = (self.pad_token, self.unknown_token, self.delimiter_token)
+        spaces = {" "} if self.delimiter_id is not None else set()
+        return frozenset({token for token in self.token_ids if len(token) == 1 and token not in special} | spaces)
+
+    def _as_labelled(self, text: str) -> str:
+        return text.upper() if self.lowercases else text
+
+    @cached_property
+    def _ids_by_code(self) -> np.ndarray:
+        """Label by code point; the last entry stands for every code point above."""
+        size = max(map(ord, self.characters), default=0) + 2
+        ids = np.full(size, self.unknown_id, dtype=np.int32)
+        for character in self.characters:
+            ids[ord(character)] = self.delimiter_id if character == " " else self.token_ids[character]
+        return ids
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """What each id adds to a decoded text; the last entry stands for every id above."""
+        texts = [self.unknown_token] * (max(self.token_ids.values()) + 2)
+        for token, index in self.token_ids.items():
+            texts[index] = {self.pad_token: "", self.delimiter_token: self.delimiter_text}.get(token, token)
+        return texts
+
+    @cached_property
+    def _known_ids(self) -> np.ndarray:
+        known = np.full(max(self.token_ids.values()) + 2, self.unknown_id)
+        own = list(self.token_ids.values())
+        known[own] = own
+        return known
+
+
+@dataclass
+class Coverage:
+    """Which characters of some texts a vocabulary lacks. Spaces are not counted."""
+
+    characters: int = 0
+    unknown: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first text that holds each unknown character."""
+
+    @property
+    def unknown_fraction(self) -> float:
+        """Share of unknown characters; 0 for no text."""
+        return self.unknown.total() / self.characters if self.characters else 0.0
+
+
+def measure_coverage(texts: Iterable[str], vocabulary: Vocabulary) -> Coverage:
+    """Count the characters of normalised `texts` that `vocabulary` has no label for (trap 20)."""
+    coverage = Coverage()
+    known = vocabulary.characters | {" "}
+    for text in texts:
+        labelled = vocabulary._as_labelled(text)
+        coverage.characters += len(labelled) - labelled.count(" ")
+        for character in set(labelled) - known:
+            coverage.unknown[character] += labelled.count(character)
+            coverage.examples.setdefault(character, text)
+    return coverage
+
+
+def required_frames(labels_L: np.ndarray) -> int:
+    """Frames that CTC needs at least: one per label, and a blank between two equal neighbours (trap 17)."""
+    return len(labels_L) + int(np.count_nonzero(labels_L[1:] == labels_L[:-1]))
+
+
+def build_tokenizer(vocabulary: dict[str, int]) -> "Wav2Vec2CTCTokenizer":
+    """A tokenizer with exactly the tokens of `vocabulary`, no `<s>` and `</s>` added (trap 19).
+
+    Raises:
+        UsageError: ids that are not 0 .. n-1, or a token that CTC needs is missing.
+    """
+    from transformers import Wav2Vec2CTCTokenizer
+
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        raise UsageError(f"the ids of the {len(vocabulary)} vocabulary tokens must be 0 .. {len(vocabulary) - 1}")
+    found = [[token for token in names if token in vocabulary] for names in (PAD_TOKENS, UNKNOWN_TOKENS, ("|",))]
+    if not all(found):
+        raise UsageError("the vocabulary needs <pad> (or [PAD]), <unk> (or [UNK]) and | (between words)")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocab.json"
+        path.write_text(json.dumps(vocabulary), encoding="utf-8")
+        tokenizer = Wav2Vec2CTCTokenizer(
+            str(path),
+            pad_token=found[0][0],
+            unk_token=found[1][0],
+            bos_token="<s>" if "<s>" in vocabulary else None,
+            eos_token="</s>" if "</s>" in vocabulary else None,
+        )
+    assert len(tokenizer) == len(vocabulary)
+    return tokenizer

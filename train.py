@@ -1,0 +1,224 @@
+"""Fine-tune a Wav2Vec2-style CTC speech recogniser on shards made by prepare.py.
+
+The demo, nothing else needed:     accelerate launch train.py
+One GPU:                           accelerate launch --mixed_precision fp16 train.py --config configs/english_large.yaml
+Several GPUs:                      accelerate launch --config_file accelerate_config.yaml --num_processes 4 train.py ...
+Debugging, without the launcher:   python train.py --config ... --max_train_samples 8 --max_steps 20
+                                   --dataloader_num_workers 0
+"""
+
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from config import PrepareConfig, TrainConfig, parse_arguments
+from data import SAMPLE_RATE_HZ, Batch, CutSettings, ShardDataset, Update, evaluation_loader, training_loader
+from errors import exit_status
+from metrics import Score, score_batch
+from model import ctc_loss_sum
+from processes import start_processes
+from progress import Progress, format_seconds
+from run import Run
+from schedule import learning_rate_at
+
+DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+
+
+def main() -> None:
+    """Parse, set up, train, sum up."""
+    arguments = sys.argv[1:] or ["--config", str(DEMO_CONFIG)]
+    config = parse_arguments(TrainConfig, arguments, __doc__)
+    accelerator = start_processes(config.report_to, config.output_dir)
+    try:
+        if config.demo_corpus:
+            prepare_demo(config, accelerator)
+        run = Run(config, accelerator)
+        train(run)
+        finish(run)
+    finally:
+        accelerator.end_training()
+
+
+def train(run: Run) -> None:
+    """The loop: one update, then what is due at this step."""
+    config, state = run.config, run.state
+    loader = training_loader(
+        run.train_set, run.plan, run.num_labels, run.collate, run.cut, state.step, run.total_steps,
+        config.dataloader_num_workers,
+    )  # fmt: skip
+    with Progress("training", run.total_steps, "updates", run.is_main, start=state.step) as progress:
+        if state.step == 0 and run.head_fits:
+            score_before_training(run, progress)
+        run.meter.start()
+        for update in loader:
+            loss_sum, grad_norm = train_step(run, update)
+            state.step += 1
+            run.meter.add(update, loss_sum, grad_norm, run.accelerator.optimizer_step_was_skipped)
+            is_last = state.step == run.total_steps
+            if state.step % config.eval_steps == 0 or is_last:
+                evaluate_and_log(run, progress)
+            elif state.step % config.logging_steps == 0:
+                run.log_training(progress)
+            if state.step % config.save_steps == 0 or is_last:
+                run.save_checkpoint()
+            progress.advance(note=run.meter.note)
+
+
+def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over all micro-batches of `update` on this rank.
+
+    The loss is the sum over the update's utterances divided by the update's label count over all ranks, so it does not
+    depend on the cut (promise 1).
+
+    Returns:
+        CTC loss summed over this rank's utterances (float64 scalar), and the gradient norm before clipping.
+    """
+    accelerator, config = run.accelerator, run.config
+    # Dropout and layerdrop are a function of (seed, step, rank), so a resume needs no random state.
+    draws = np.random.SeedSequence([config.seed, update.step, accelerator.process_index])
+    torch.manual_seed(int(draws.generate_state(1)[0]))
+    run.model.train()
+    run.gradients.zero()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for batch in update.micro_batches:
+        loss = forward(run, batch)[2].sum()
+        accelerator.backward(loss / update.num_labels)
+        loss_sum += loss.detach()
+    run.gradients.sum_over_processes(accelerator)
+    grad_norm = accelerator.clip_grad_norm_(run.gradients.parameters, config.max_grad_norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate_at(
+            update.step, config.lr_scheduler_type, config.learning_rate, config.warmup_steps, run.total_steps
+        )
+    run.optimizer.step()
+    return loss_sum, grad_norm
+
+
+def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, of one micro-batch."""
+    batch = batch.to(run.accelerator.device)
+    with run.accelerator.autocast():
+        logits_BTV, frame_lengths_B = run.model(
+            batch.input_values_BS, batch.sample_lengths_B, batch.time_mask_BT, batch.feature_mask_BH
+        )
+    loss_B = ctc_loss_sum(logits_BTV, frame_lengths_B, batch.labels_L, batch.label_lengths_B, run.vocabulary.blank_id)
+    return logits_BTV, frame_lengths_B, loss_B
+
+
+@torch.no_grad()
+def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> Score:
+    """Score `rows` of `dataset`, each once on one rank; counts are summed over the ranks, and no logits are kept."""
+    run.model.eval()
+    score = Score()
+    loader = evaluation_loader(dataset, rows, run.collate, run.eval_cut, run.config.dataloader_num_workers)
+    with Progress(description, len(loader), "batches", run.is_main) as progress:
+        for batch in loader:
+            score += score_one(run, batch)[0]
+            progress.advance(audio_seconds=batch.num_samples / SAMPLE_RATE_HZ)
+    totals = score.to_vector().to(run.accelerator.device)
+    return Score.from_vector(run.accelerator.reduce(totals, reduction="sum").cpu())
+
+
+def score_one(run: Run, batch: Batch) -> tuple[Score, list[str]]:
+    """Decode and count one batch; returns the hypotheses too."""
+    logits_BTV, frame_lengths_B, loss_B = forward(run, batch)
+    return score_batch(
+        logits_BTV, frame_lengths_B, run.vocabulary, batch.texts, batch.raw_texts,
+        loss_sum=float(loss_B.sum()), labels=len(batch.labels_L),
+    )  # fmt: skip
+
+
+def evaluate_and_log(run: Run, progress: Progress) -> None:
+    """Evaluate on the dev set, and write the same few utterances out as text."""
+    run.meter.pause()
+    started_at = time.perf_counter()
+    score = evaluate(run, run.eval_set, run.eval_rows, "evaluating")
+    run.log_evaluation(score, time.perf_counter() - started_at, transcribe_samples(run), progress)
+    run.meter.start()
+
+
+@torch.no_grad()
+def transcribe_samples(run: Run) -> list[dict[str, object]]:
+    """Rows for eval_samples.csv, made by the first rank alone: an utterance's text does not depend on its batch."""
+    samples = []
+    if run.is_main:
+        alone = CutSettings(0, 1, run.config.per_device_eval_batch_size, run.config.max_batch_seconds)
+        for batch in evaluation_loader(run.eval_set, run.sample_rows, run.collate, alone, num_workers=0):
+            hypotheses = score_one(run, batch)[1]
+            for utterance_id, reference, hypothesis in zip(batch.ids, batch.texts, hypotheses, strict=True):
+                samples.append(
+                    {"step": run.state.step, "id": utterance_id, "reference": reference, "prediction": hypothesis}
+                )
+    return samples
+
+
+def score_before_training(run: Run, progress: Progress) -> None:
+    """Row 0 of the log, and the test set as it was before: what the checkpoint can do without this run."""
+    evaluate_and_log(run, progress)
+    if run.test_set is not None:
+        run.state.test_before = evaluate_test(run)
+
+
+def evaluate_test(run: Run) -> dict[str, float]:
+    """WER and CER of the test split; by speakers heard and not heard in training, where speakers are known."""
+    trained = set(itertools.compress(run.train_set.column("speaker"), run.selection.mask(len(run.train_set))))
+    is_seen = np.array([speaker in trained for speaker in run.test_set.column("speaker")], bool)
+    parts = {"seen": np.flatnonzero(is_seen), "unseen": np.flatnonzero(~is_seen)}
+    scores = {name: evaluate(run, run.test_set, rows, "test set") for name, rows in parts.items() if len(rows)}
+    total = sum(scores.values(), Score())
+    results = {"test_wer": total.wer, "test_cer": total.cer, "test_raw_wer": total.raw_wer, "test_loss": total.loss}
+    if trained != {""}:
+        results |= {f"test_wer_{name}_speakers": score.wer for name, score in scores.items()}
+    return results
+
+
+def finish(run: Run) -> None:
+    """Score the test split with the best model, write train_results.json and say what came out."""
+    results = run.training_results()
+    if run.test_set is not None:
+        run.load_best()
+        results |= evaluate_test(run)
+        results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
+    if run.is_main:
+        run.write_results(results)
+        print("\n".join(summary(run, results)), flush=True)
+
+
+def summary(run: Run, results: dict[str, float]) -> list[str]:
+    """The lines at the end: figures, where things lie, how to use the model."""
+    lines = ["", f"finished: {run.state.step} updates in {format_seconds(results['train_runtime'])} of training"]
+    for name, meaning in (
+        ("best_eval_wer", f"{run.eval_set.folder.name} WER, best at step {run.state.best_step}"),
+        ("test_wer", "test WER, best model"),
+        ("test_wer_seen_speakers", "  voices heard in training"),
+        ("test_wer_unseen_speakers", "  voices never heard"),
+    ):
+        if name in results:
+            before = results.get(f"{name.replace('best_', '')}_before")
+            behind = f"   (before training {before:.2%})" if before is not None else ""
+            lines.append(f"  {meaning:<32} {results[name]:7.2%}{behind}")
+    folder = run.folder
+    return [
+        *lines,
+        f"  log {folder / 'training_log.csv'}, plot {folder / 'training_curve.png'}, model {folder / 'model'}",
+        "use it: python -c \"from transformers import pipeline; print(pipeline('automatic-speech-recognition', "
+        f"model='{folder / 'model'}')('AUDIO.wav')['text'])\"",
+    ]
+
+
+def prepare_demo(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Make and prepare the built-in corpus where it is not there yet; the other ranks wait."""
+    from prepare import prepare
+
+    if accelerator.is_local_main_process:
+        prepare(PrepareConfig(corpus="demo", data_dir=config.data_dir))
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
