@@ -355,12 +355,12 @@ def _row(cells: dict[str, str] | str, line: int, columns: _Columns, table: _Tabl
     if isinstance(cells, str):
         split = table.split or ("train" if columns and columns.split else None)
         return SourceRow(f"{table.path.name}:{line}", split, "", None, "", {}, problem=("bad_row", cells))
-    path = cells.get(columns.audio, "").strip()
+    path = _cell(cells, columns.audio)
     offset, duration, problem = _segment(cells, columns) if segments else (0.0, None, None)
-    row_id = cells.get(columns.id, "").strip() if columns.id else ""
+    row_id = _cell(cells, columns.id)
     if not row_id:
-        row_id = path or f"{table.path.name}:{line}"
-        row_id += f"#{cells[columns.offset].strip()}" if segments and cells.get(columns.offset or "") else ""
+        start = _cell(cells, columns.offset) if segments else ""
+        row_id = (path or f"{table.path.name}:{line}") + (f"#{start}" if start else "")
     if table.audio_folder and path:
         # Common Voice before version 4 leaves the suffix out.
         path = f"{table.audio_folder}/{path if Path(path).suffix else path + '.mp3'}"
@@ -371,7 +371,7 @@ def _row(cells: dict[str, str] | str, line: int, columns: _Columns, table: _Tabl
         split=table.split or _split_name(cells, line, columns, table),
         audio_path=path,
         text=None if text is None or (blank_is_missing and not text.strip()) else text.strip(),
-        speaker=cells.get(columns.speaker, "").strip() if columns.speaker else "",
+        speaker=_cell(cells, columns.speaker),
         metadata={kept: cells[name] for name, kept in columns.metadata.items() if name in cells},
         offset_seconds=offset,
         duration_seconds=duration,
@@ -379,10 +379,14 @@ def _row(cells: dict[str, str] | str, line: int, columns: _Columns, table: _Tabl
     )
 
 
+def _cell(cells: dict[str, str], name: str | None) -> str:
+    return "" if name is None else cells.get(name, "").strip()
+
+
 def _split_name(cells: dict[str, str], line: int, columns: _Columns, table: _Table) -> str | None:
     if columns.split is None:
         return None
-    value = cells.get(columns.split, "").strip()
+    value = _cell(cells, columns.split)
     if value.lower() not in SPLIT_NAMES:
         raise UsageError(
             f"{table.path} line {line}: the split is {value!r}, known are {', '.join(SPLIT_NAMES)}: "
@@ -394,7 +398,7 @@ def _split_name(cells: dict[str, str], line: int, columns: _Columns, table: _Tab
 def _segment(cells: dict[str, str], columns: _Columns) -> tuple[float, float | None, tuple[str, str] | None]:
     numbers = []
     for name, lowest_allowed in ((columns.offset, True), (columns.duration, False)):
-        value = cells.get(name or "", "").strip()
+        value = _cell(cells, name)
         try:
             number = float(value) if value else None
         except ValueError:
@@ -645,12 +649,14 @@ def make_demo_corpus(folder: Path, demo: DemoCorpus | None = None) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "wav").mkdir(parents=True)
     speeches = _plan_demo(demo)
-    # espeak-ng is not thread safe and carries state from clip to clip: a fresh process repeats exactly.
-    with (
-        without_main_module(),
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor,
-    ):
-        executor.submit(_speak, temporary, speeches, library, data).result()
+    try:
+        # espeak-ng is not thread safe and carries state from clip to clip: a fresh process repeats exactly.
+        context = multiprocessing.get_context("spawn")
+        with without_main_module(), ProcessPoolExecutor(1, mp_context=context) as executor:
+            executor.submit(_speak, temporary, speeches, library, data).result()
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
     with (temporary / DEMO_MANIFEST).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "text", "speaker", "split"))

@@ -39,6 +39,8 @@ def start_processes(report_to: list[str], output_dir: str) -> Accelerator:
         raise UsageError(
             "mixed precision fp16 needs a GPU and none is visible: launch with --mixed_precision bf16 or no"
         )
+    if not has_gpu:
+        _use_all_cores()
     # Without a GPU several processes talk over gloo instead of each believing that it is alone.
     accelerator = Accelerator(cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -91,6 +93,13 @@ class SharedGradients:
         if accelerator.num_processes > 1:
             for piece in self.buffer.split(NUMBERS_PER_REDUCTION):
                 torch.distributed.all_reduce(piece)
+
+
+def _use_all_cores() -> None:
+    """Undo the launcher's OMP_NUM_THREADS=1, which it sets for GPU runs and which halves the speed of two cores."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _die_with_launcher() -> None:

@@ -57,7 +57,9 @@ def test_groups_stay_whole(by):
 
 
 def test_sentences_that_differ_in_case_and_punctuation_are_one():
-    rows = [(f"{i}", "", text, None) for i, text in enumerate(["Ọjọ́ dára.", "ọjọ́ dára", "OJO DARA", "b", "c", "d", "e"])]
+    rows = [
+        (f"{i}", "", text, None) for i, text in enumerate(["Ọjọ́ dára.", "ọjọ́ dára", "OJO DARA", "b", "c", "d", "e"])
+    ]
     found, _ = split_up(rows, split_by="sentence", split_fractions=[0.5, 0.5])
     assert found["0"] == found["1"]
 

@@ -1,0 +1,111 @@
+"""Fixtures: small prepared sets without a synthesiser, tiny models, and where real speech lies."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Two convolutions with a frame of 20 ms, one layer: a step takes milliseconds.
+TINY_MODEL = {
+    "model_type": "wav2vec2",
+    "conv_dim": [16, 16],
+    "conv_kernel": [20, 16],
+    "conv_stride": [20, 16],
+    "feat_extract_norm": "layer",
+    "do_stable_layer_norm": True,
+    "conv_bias": True,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,
+    "mask_feature_prob": 0.0,
+}
+
+
+def write_part(
+    folder: Path, rows: Sequence[tuple[str, np.ndarray, str, str]], rows_per_batch: int = 3
+) -> None:
+    """A shard part as prepare.py writes it, from (id, int16 audio, text, speaker) rows."""
+    folder.mkdir(parents=True)
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("audio", pa.large_list(pa.int16())),
+            ("num_samples", pa.int32()),
+            ("text", pa.string()),
+            ("speaker", pa.string()),
+        ]
+    )
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for start in range(0, len(rows), rows_per_batch):
+            ids, audio, texts, speakers = zip(*rows[start : start + rows_per_batch], strict=True)
+            lengths = [len(samples) for samples in audio]
+            writer.write_batch(
+                pa.record_batch(
+                    [ids, pa.array(audio, pa.large_list(pa.int16())), pa.array(lengths, pa.int32()), texts, speakers],
+                    schema=schema,
+                )
+            )
+    data = (folder / "data.arrow").read_bytes()
+    facts = {
+        "schema_version": 1,
+        "rows": len(rows),
+        "seconds": sum(len(row[1]) for row in rows) / 16_000,
+        "data_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    (folder / "part.json").write_text(json.dumps(facts))
+
+
+def make_rows(count: int, seed: int, speakers: Sequence[str] = ("ann", "ben")) -> list[tuple[str, np.ndarray, str, str]]:
+    """Noise of 0.3 to 1.2 s with two to six letters each; the letter decides the tone under the noise."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        letters = rng.choice(list("ABCDE"), rng.integers(2, 7))
+        tones = [np.sin(np.arange(3_000) * 0.05 * (1 + "ABCDE".index(letter))) for letter in letters]
+        signal = np.concatenate(tones) * 8_000 + rng.normal(0, 300, 3_000 * len(letters))
+        text = "".join(letters[:2]) + (" " + "".join(letters[2:]) if len(letters) > 2 else "")
+        rows.append((f"u{seed}_{index}", signal.astype(np.int16), text, speakers[index % len(speakers)]))
+    return rows
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    """A prepared set: train in two parts (13 utterances), dev (5), test (4, one of a new speaker)."""
+    rows = make_rows(13, seed=1)
+    write_part(tmp_path / "data" / "train" / "part_1", rows[:8])
+    write_part(tmp_path / "data" / "train" / "part_2", rows[8:])
+    write_part(tmp_path / "data" / "dev" / "part_1", make_rows(5, seed=2))
+    write_part(tmp_path / "data" / "test" / "part_1", make_rows(4, seed=3, speakers=("ann", "cem")))
+    return tmp_path / "data"
+
+
+@pytest.fixture(scope="session")
+def corpora() -> Callable[[str], Path]:
+    """The folder of a real corpus by name (`digits`, `yo`); skips with the reason where it is absent."""
+
+    def find(name: str) -> Path:
+        root = Path(os.environ.get("CTC_CORPORA", REPOSITORY.parent / "shared" / "corpora"))
+        if not (root / name).is_dir():
+            pytest.skip(f"real speech {name!r} is not here; name its parent folder in CTC_CORPORA")
+        return root / name
+
+    return find

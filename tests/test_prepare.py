@@ -1,0 +1,453 @@
+"""Shards: what is written, dropped, resumed and refused."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+
+import prepare as prepare_module
+from audio import ClipRequest, read_clip
+from config import PrepareConfig
+from corpora import DROP_REASONS, OWN_COLUMNS
+from errors import RunFailed, UsageError
+from prepare import prepare
+
+REPOSITORY = Path(__file__).parents[1]
+CORPORA = Path(os.environ.get("CTC_CORPORA", REPOSITORY.parent / "shared" / "corpora"))
+RATES = (8_000, 16_000, 22_050)
+
+
+def write_corpus(folder: Path, splits: dict[str, int], extra_rows: tuple[str, ...] = ()) -> Path:
+    """A manifest corpus of short tones with splits; clip i of a split has (i + 1) x 10 ms."""
+    folder.mkdir(parents=True)
+    lines = ["path,text,speaker,split,note"]
+    for split, count in splits.items():
+        for clip in range(count):
+            rate = RATES[clip % 3]
+            samples = 0.3 * np.sin(np.arange((clip + 1) * rate // 100) / 10)
+            soundfile.write(folder / f"{split}{clip}.wav", samples, rate)
+            lines.append(f"{split}{clip}.wav,text {clip},s{clip % 2},{split},n{clip}")
+    (folder / "manifest.csv").write_text("\n".join([*lines, *extra_rows]) + "\n")
+    return folder
+
+
+def run(corpus: Path | str, out: Path, **settings: object) -> None:
+    prepare(
+        PrepareConfig(corpus=str(corpus), data_dir=str(out), num_workers=settings.pop("num_workers", 1), **settings)
+    )
+
+
+def table(out: Path, split: str, part: int = 1) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(out / split / f"part_{part}" / "data.arrow"))).read_all()
+
+
+def checksums(out: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.glob("*/part_*/*"))
+    }
+
+
+def dropped(out: Path) -> list[tuple[str, str, str]]:
+    with (out / "dropped.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["detail"] for row in rows)
+    return [(row["split"], row["id"], row["reason"]) for row in rows]
+
+
+def test_parts_hold_the_corpus_in_order(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 7, "dev": 2, "test": 1})
+    out = tmp_path / "out"
+    run(corpus, out, chunk_size=3)
+    parts = sorted(str(path.relative_to(out)) for path in out.glob("*/*"))
+    assert parts == ["dev/part_1", "test/part_1", "train/part_1", "train/part_2", "train/part_3"]
+    rows = [row for part in (1, 2, 3) for row in table(out, "train", part).to_pylist()]
+    assert [row["id"] for row in rows] == [f"train{clip}.wav" for clip in range(7)]
+    for clip, row in enumerate(rows):
+        expected = read_clip(ClipRequest(str(corpus / row["id"])))
+        np.testing.assert_array_equal(row["audio"], expected.samples)
+        assert row["num_samples"] == len(expected.samples)
+        assert row["audio_sha256"] == hashlib.sha256(expected.samples.tobytes()).hexdigest()
+        assert (row["text"], row["speaker"], row["note"]) == (f"text {clip}", f"s{clip % 2}", f"n{clip}")
+        assert row["source_rate_hz"] == RATES[clip % 3]
+        assert row["peak"] == pytest.approx(0.3, abs=0.05)  # resampling overshoots at the ends
+    facts = json.loads((out / "train/part_3/part.json").read_text())
+    data = out / "train/part_3/data.arrow"
+    assert facts["rows"] == facts["source_rows"] == 1
+    assert facts["data_bytes"] == data.stat().st_size
+    assert facts["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert facts["seconds"] == pytest.approx(0.07, abs=1e-3)
+    assert json.loads((out / "prepare.json").read_text())["splits"]["train"]["parts"] == 3
+    assert dropped(out) == []
+
+
+def test_schema_and_zero_copy(tmp_path):
+    out = tmp_path / "out"
+    run(write_corpus(tmp_path / "corpus", {"train": 3}), out)
+    with pa.memory_map(str(out / "train/part_1/data.arrow")) as source:
+        before = pa.total_allocated_bytes()
+        batch = pa.ipc.open_file(source).get_batch(0)
+        assert tuple(batch.schema.names) == (*OWN_COLUMNS, "path", "note")
+        assert batch.schema.field("audio").type == pa.large_list(pa.int16())
+        offsets = batch.column("audio").offsets
+        samples = batch.column("audio").values[offsets[1].as_py() : offsets[2].as_py()].to_numpy(zero_copy_only=True)
+        assert samples.dtype == np.int16 and len(samples) == 320
+        assert pa.total_allocated_bytes() == before
+        del batch, offsets, samples
+
+
+def test_record_batches_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "MAX_BATCH_ROWS", 4)
+    monkeypatch.setattr(prepare_module, "MAX_BATCH_SAMPLES", 1_200)
+    run(write_corpus(tmp_path / "corpus", {"train": 9}), tmp_path / "out")
+    with pa.memory_map(str(tmp_path / "out/train/part_1/data.arrow")) as source:
+        reader = pa.ipc.open_file(source)
+        counts = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+    # Clips of 160, 320, ... samples: a batch ends with its fourth row or when it holds 1,200 samples.
+    assert counts == [4, 2, 2, 1]
+
+
+def test_every_bad_row_is_dropped_with_its_reason(tmp_path):
+    corpus = write_corpus(
+        tmp_path / "corpus",
+        {"train": 12, "dev": 2, "test": 12},
+        (
+            "gone.wav,text,s0,train,",
+            "../secret.wav,text,s0,test,",
+            "broken.wav,text,s0,train,",
+            "empty.wav,text,s0,test,",
+            "nan.wav,text,s0,train,",
+            "train1.wav,,s0,train,",
+            "test1.wav, ,s0,test,",
+            "train0.wav,again,s0,train,",
+            "train0.wav,not again in this split,s0,dev,",
+            "train0.wav,too,many,columns,here,train",
+        ),
+    )
+    (corpus / "broken.wav").write_bytes(b"RIFF????WAVE")
+    soundfile.write(corpus / "empty.wav", np.zeros(0), 16_000)
+    soundfile.write(corpus / "nan.wav", np.array([np.nan, 0.0]), 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "secret.wav", np.zeros(100), 16_000)
+    out = tmp_path / "out"
+    run(corpus, out, chunk_size=5)
+    expected = [
+        ("train", "gone.wav", "missing"),
+        ("train", "broken.wav", "undecodable"),
+        ("train", "nan.wav", "not_finite"),
+        ("train", "train1.wav", "no_text"),
+        ("train", "train0.wav", "duplicate_id"),
+        ("train", "manifest.csv:37", "bad_row"),
+        ("test", "../secret.wav", "outside_corpus"),
+        ("test", "empty.wav", "empty"),
+        ("test", "test1.wav", "no_text"),
+    ]
+    assert dropped(out) == expected
+    assert {reason for _, _, reason in expected} <= set(DROP_REASONS)
+    facts = json.loads((out / "prepare.json").read_text())["splits"]
+    assert {split: found["rows"] for split, found in facts.items()} == {"train": 12, "dev": 3, "test": 12}
+
+
+def test_an_explicit_empty_transcript_is_scored_but_not_trained_on(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    soundfile.write(corpus / "a.wav", np.zeros(1_000), 16_000)
+    records = [("1", "train", "x"), ("2", "train", "y"), ("3", "train", ""), ("4", "dev", ""), ("5", "test", None)]
+    lines = [json.dumps({"id": i, "path": "a.wav", "split": split, "text": text}) for i, split, text in records]
+    (corpus / "m.jsonl").write_text("\n".join(lines))
+    run(corpus, tmp_path / "out")
+    assert dropped(tmp_path / "out") == [("train", "3", "no_text"), ("test", "5", "no_text")]
+    assert table(tmp_path / "out", "dev").column("text").to_pylist() == [""]
+
+
+def test_segments_of_a_recording_become_clips(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    recording = np.arange(16_000, dtype=np.int16)
+    soundfile.write(corpus / "long.wav", recording, 16_000)
+    lines = [{"audio_filepath": "long.wav", "offset": 0.25 * i, "duration": 0.25, "text": f"{i}"} for i in range(4)]
+    (corpus / "m.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run(corpus, tmp_path / "out", split_by="utterance", split_fractions=[0.75, 0.25])
+    rows = [row for split in ("train", "dev") for row in table(tmp_path / "out", split).to_pylist()]
+    assert len(rows) == 4
+    for row in rows:
+        np.testing.assert_array_equal(row["audio"], np.split(recording, 4)[int(row["text"])])
+
+
+def test_workers_do_not_change_a_byte(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 60, "dev": 20, "test": 1}, ("gone.wav,x,s0,dev,",))
+    for workers in (1, 2):
+        run(corpus, tmp_path / f"out{workers}", chunk_size=25, num_workers=workers)
+    assert checksums(tmp_path / "out1") == checksums(tmp_path / "out2")
+    assert len(checksums(tmp_path / "out1")) == 2 * (3 + 1 + 1)
+
+
+KILLED_AT = """
+import os, signal, sys, prepare
+seen, add = 0, prepare._PartWriter.add
+def kill_at(self, row, clip):
+    global seen
+    seen += 1
+    if seen > int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, row, clip)
+prepare._PartWriter.add = kill_at
+prepare.prepare(prepare.PrepareConfig(corpus=sys.argv[1], data_dir=sys.argv[2], chunk_size=4, num_workers=1))
+"""
+
+
+def test_killed_and_started_again(tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 10, "dev": 3})
+    run(corpus, tmp_path / "whole", chunk_size=4)
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED_AT, str(corpus), str(out)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    killed = subprocess.run([*command, "6"], capture_output=True, text=True, env=environment)
+    assert killed.returncode == -9, killed.stderr
+    assert [path.name for path in sorted(out.glob("*/*"))] == [".part_2.tmp", "part_1"]
+    finished = (out / "train/part_1/data.arrow").stat()
+    run(corpus, out, chunk_size=4)
+    assert checksums(out) == checksums(tmp_path / "whole")
+    kept = (out / "train/part_1/data.arrow").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (finished.st_ino, finished.st_mtime_ns)
+    assert not list(out.glob("**/.*"))
+    capsys.readouterr()
+    run(corpus, out, chunk_size=4)
+    assert "every part is there already" in capsys.readouterr().out
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (None, {"chunk_size": 3}, r"chunk_size 2 \(now 3\)"),
+        (None, {"split_by": "utterance"}, "split_by None"),
+        ("text", {}, "was made from other rows or files"),
+        ("audio", {}, "was made from other rows or files"),
+        ("fewer rows", {}, "holds 3 parts, this corpus .* make 2"),
+        ("damage", {}, "is damaged: delete"),
+        ("part.json", {}, "part.json cannot be read"),
+    ],
+)
+def test_other_settings_or_another_corpus_are_refused_and_nothing_is_touched(tmp_path, change, settings, message):
+    corpus, out = write_corpus(tmp_path / "corpus", {"train": 5, "dev": 2}), tmp_path / "out"
+    run(corpus, out, chunk_size=2)
+    manifest = corpus / "manifest.csv"
+    if change == "text":
+        manifest.write_text(manifest.read_text().replace("text 3", "changed"))
+    elif change == "audio":
+        soundfile.write(corpus / "dev1.wav", np.zeros(50), 8_000)
+    elif change == "fewer rows":
+        manifest.write_text("".join(line + "\n" for line in manifest.read_text().split("\n") if "train4" not in line))
+    elif change == "damage":
+        (out / "train/part_2/data.arrow").write_bytes(b"")
+    elif change == "part.json":
+        (out / "train/part_2/part.json").write_text("{")
+    before = snapshot(out)
+    with pytest.raises(UsageError, match=message):
+        run(corpus, out, **({"chunk_size": 2} | settings))
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize(
+    ("break_corpus", "message"),
+    [
+        (lambda corpus: [path.unlink() for path in corpus.glob("*.wav")], "20 of the first 20 .*missing.*--audio_root"),
+        (lambda corpus: [path.write_bytes(b"x") for path in corpus.glob("*.wav")], "undecodable.*ffmpeg"),
+        (lambda corpus: (corpus / "manifest.csv").write_text("path,text,split\n"), "train split is empty"),
+        (
+            lambda corpus: (corpus / "manifest.csv").write_text("path,text,split\ntrain1.wav,x,test\n"),
+            "train split is empty",
+        ),
+    ],
+)
+def test_a_hopeless_corpus_stops_before_anything_is_written(tmp_path, break_corpus, message):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 15, "dev": 5})
+    break_corpus(corpus)
+    with pytest.raises(UsageError, match=message):
+        run(corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_of_the_first_clips_may_be_bad(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 10})
+    for clip in range(5):
+        (corpus / f"train{clip}.wav").unlink()
+    run(corpus, tmp_path / "out")
+    assert Counter(reason for _, _, reason in dropped(tmp_path / "out")) == {"missing": 5}
+
+
+def test_links_and_absolute_paths_need_audio_root(tmp_path):
+    corpus = write_corpus(tmp_path / "elsewhere", {"train": 4})
+    (tmp_path / "corpus").mkdir()
+    manifest = (corpus / "manifest.csv").read_text().replace("train0", f"{corpus}/train0")
+    (tmp_path / "corpus" / "manifest.csv").write_text(manifest)
+    (tmp_path / "corpus" / "train1.wav").symlink_to(corpus / "train1.wav")
+    with pytest.raises(UsageError, match="4 of the first 4"):
+        run(tmp_path / "corpus", tmp_path / "out")
+    run(tmp_path / "corpus", tmp_path / "out", audio_root=str(corpus))
+    assert table(tmp_path / "out", "train").num_rows == 4
+
+
+def test_too_small_a_disk_is_said_before_the_start(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 4})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UsageError, match=r"needs about .* GB .*are free: free some"):
+        run(corpus, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_leaves_finished_parts(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 6})
+    write, calls = prepare_module._HashingFile.write, []
+
+    def full_disk(self, data):
+        calls.append(len(data))
+        if sum(calls) > 10_000:
+            raise OSError(28, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(prepare_module._HashingFile, "write", full_disk)
+    with pytest.raises(RunFailed, match="No space left on device; finished parts are kept"):
+        run(corpus, tmp_path / "out", chunk_size=2)
+    names = sorted(path.name for path in (tmp_path / "out/train").iterdir())
+    assert names and names == [f"part_{number + 1}" for number in range(len(names))] and len(names) < 3
+    monkeypatch.undo()
+    run(corpus, tmp_path / "out", chunk_size=2)
+    assert len(list((tmp_path / "out/train").iterdir())) == 3
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 4})
+    before = snapshot(corpus)
+    with pytest.raises(UsageError, match="holds other files"):
+        run(corpus, corpus)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="is a file"):
+        run(corpus, tmp_path / "file")
+    assert snapshot(corpus) == before
+
+
+def test_two_at_a_time_are_refused(tmp_path):
+    corpus, out = write_corpus(tmp_path / "corpus", {"train": 4}), tmp_path / "out"
+    with (
+        prepare_module._output_folder(out),
+        pytest.raises(UsageError, match=r"another prepare\.py is writing"),
+        prepare_module._output_folder(out),
+    ):
+        pass
+    run(corpus, out)
+
+
+def test_a_repeated_id_is_found_across_parts_and_after_a_resume(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 4}, ("train0.wav,again,s0,train,",))
+    out = tmp_path / "out"
+    run(corpus, out, chunk_size=2)
+    assert dropped(out) == [("train", "train0.wav", "duplicate_id")]
+    before = checksums(out)
+    shutil.rmtree(out / "train/part_3")
+    run(corpus, out, chunk_size=2)
+    assert checksums(out) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--corpus", "absent", "--data_dir", "out"], 2, "error: --corpus absent does not exist"),
+        (["--corpus", "corpus", "--data_dir", "out", "--chunk_sise", "3"], 2, "chunk_size"),
+        (["--data_dir", "out"], 2, "--corpus is missing"),
+    ],
+)
+def test_command_says_one_line_and_a_status(tmp_path, arguments, status, message):
+    command = [sys.executable, str(REPOSITORY / "prepare.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == status
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_prints_a_summary(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 4}, ("gone.wav,x,s0,train,",))
+    command = [sys.executable, str(REPOSITORY / "prepare.py"), "--corpus", str(corpus), "--data_dir", "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: the dev split is empty" in done.stdout
+    assert "0-1 s" in done.stdout and "#" in done.stdout
+    assert "1 rows left out" in done.stdout and "missing (no such file)" in done.stdout
+
+
+def test_the_main_process_and_the_caller_stay_light(tmp_path):
+    """Importing prepare.py loads no torch, and the workers never import the command that started them."""
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, sys\n"
+        "print('imported', __name__, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    from prepare import PrepareConfig, prepare\n"
+        "    prepare(PrepareConfig(corpus=sys.argv[1], data_dir=sys.argv[2], num_workers=1))\n"
+        "    print('torch' in sys.modules)\n"
+    )
+    corpus = write_corpus(tmp_path / "corpus", {"train": 4})
+    done = subprocess.run(
+        [sys.executable, str(script), str(corpus), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("imported") == 1
+    assert done.stdout.rstrip().endswith("False")
+
+
+# --- real corpora
+
+
+def test_real_yoruba_mp3(tmp_path):
+    if not (CORPORA / "yo").is_dir():
+        pytest.skip(f"no real corpus at {CORPORA / 'yo'}")
+    corpus = tmp_path / "yo"
+    (corpus / "clips").mkdir(parents=True)
+    for split, count in (("train", 6), ("dev", 2), ("test", 2)):
+        lines = (CORPORA / "yo" / f"{split}.tsv").read_text().splitlines(keepends=True)[: count + 1]
+        (corpus / f"{split}.tsv").write_text("".join(lines))
+        for line in lines[1:]:
+            name = line.split("\t")[1]
+            shutil.copy(CORPORA / "yo" / "clips" / name, corpus / "clips" / name)
+    run(corpus, tmp_path / "out", num_workers=2)
+    rows = table(tmp_path / "out", "train").to_pylist()
+    assert len(rows) == 6 and dropped(tmp_path / "out") == []
+    assert rows[0]["text"] == "itumo eyi nipe ki a to bẹrẹ si ra ounjẹ latokere a nri ounjẹ ilẹ wa jẹ"
+    assert {row["source_rate_hz"] for row in rows} == {32_000}
+    for row in rows:
+        seconds = soundfile.info(corpus / "clips" / row["path"]).duration
+        assert row["num_samples"] / 16_000 == pytest.approx(seconds, abs=1e-3)
+        assert 0.05 < row["peak"] <= 1.0 and 300 < row["bandwidth_hz"] < 8_000
+
+
+def test_real_digits(tmp_path):
+    if not (CORPORA / "digits").is_dir():
+        pytest.skip(f"no real corpus at {CORPORA / 'digits'}")
+    lines = (CORPORA / "digits" / "manifest.csv").read_text().splitlines()
+    (tmp_path / "manifest.csv").write_text("\n".join([lines[0], *lines[1::20]]))
+    settings = {"test_speakers": ["theo"], "audio_root": str(CORPORA / "digits")}
+    run(tmp_path / "manifest.csv", tmp_path / "out", **settings)
+    assert set(table(tmp_path / "out", "test").column("speaker").to_pylist()) == {"theo"}
+    assert "theo" not in table(tmp_path / "out", "train").column("speaker").to_pylist()
+    facts = json.loads((tmp_path / "out/prepare.json").read_text())["splits"]
+    assert sum(split["rows"] for split in facts.values()) == 100
