@@ -226,6 +226,8 @@ def _initialize_worker() -> None:
     # Ctrl-C is the parent's business; a worker must not outlive it, however it dies.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    # The MP3 decoder writes several lines about every damaged file; what matters comes back as an error.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _exit_with_parent() -> None:
@@ -311,18 +313,21 @@ def _read_mono(file: soundfile.SoundFile, request: ClipRequest) -> np.ndarray:
         if first >= file.frames:
             raise ClipError("bad_segment", f"starts at {request.offset_seconds} s of {file.frames / rate:.2f} s")
         file.seek(first)
-    blocks, count = [], 0
+    blocks, count, longest = [], 0, MAX_CLIP_SECONDS * rate
     while count < wanted:
         block_SC = file.read(int(min(READ_BLOCK_SECONDS * rate, wanted - count)), dtype="float32", always_2d=True)
         if not len(block_SC):
             break
         blocks.append(block_SC.mean(axis=1) if block_SC.shape[1] > 1 else block_SC[:, 0])
         count += len(block_SC)
-        if count > MAX_CLIP_SECONDS * rate:
+        if count > longest:
             raise ClipError("too_long", f"over {MAX_CLIP_SECONDS:.0f} s; cut it, or give offset and duration")
     if wanted - count > SEGMENT_TOLERANCE_SECONDS * rate and wanted != math.inf:
         found = f"{request.offset_seconds:g} s + {request.duration_seconds:g} s ends after the file"
         raise ClipError("bad_segment", f"{found}, at {(first + count) / rate:.2f} s")
+    if wanted == math.inf and count and SEGMENT_TOLERANCE_SECONDS * rate < file.frames - first - count < longest:
+        # Half a clip under a whole transcript would teach (and score) deletions.
+        raise ClipError("undecodable", f"breaks off at {count / rate:.2f} s of {(file.frames - first) / rate:.2f} s")
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 

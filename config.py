@@ -11,9 +11,11 @@ import difflib
 import inspect
 import itertools
 import math
+import re
 import textwrap
 import types
 import typing
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,7 +35,7 @@ OLDER_NAMES = {
     "bf16": "the launcher's --mixed_precision bf16",
     "mixed_precision": "the launcher: accelerate launch --mixed_precision fp16 train.py",
     "num_processes": "the launcher: accelerate launch --num_processes N train.py",
-    "group_by_length": "nothing: lengths are always grouped",
+    "group_by_length": "not needed, lengths are always grouped",
 }
 
 
@@ -230,9 +232,9 @@ def parse_arguments(config_class: type[Config], arguments: list[str], descriptio
         errors = [f"{unknown[0]!r} belongs to no flag"]
     values, yaml_errors = _read_yaml(config_path, known) if config_path else ({}, [])
     config, value_errors = _build_config(config_class, {**values, **flags})
-    errors += yaml_errors + value_errors
-    if config is not None and not errors:
-        errors = config.errors()
+    errors += yaml_errors + list(value_errors.values())
+    if values or not yaml_errors:  # An unreadable file leaves out what it would have given.
+        errors += [error for error in config.errors() if not error.startswith(tuple(f"--{n} " for n in value_errors))]
     if errors:
         raise UsageError("; ".join(errors))
     return config
@@ -241,7 +243,7 @@ def parse_arguments(config_class: type[Config], arguments: list[str], descriptio
 def write_config(config: Any, header: str) -> str:
     """`config.yaml` as text: every setting, with `header` (what the launcher decided) as comments above."""
     comments = "".join(f"# {line}\n" for line in header.splitlines())
-    return comments + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return comments + yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def field_docstrings(config_class: type) -> dict[str, str]:
@@ -284,9 +286,25 @@ def _raise_usage_error(message: str) -> typing.NoReturn:
     raise UsageError(f"{message}; --help lists every flag")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as YAML 1.2 says and as everyone expects of `layer_norm_eps: 1e-5`."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
 def _read_yaml(path: str, known: list[str]) -> tuple[dict[str, Any], list[str]]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        text = Path(path).read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader) or {}
     except OSError as error:
         return {}, [f"--config {path} cannot be read: {error.strerror}"]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -294,6 +312,8 @@ def _read_yaml(path: str, known: list[str]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(values, dict):
         return {}, [f"--config {path} must hold `name: value` lines, found a {type(values).__name__}"]
     errors = [f"{path}: {_unknown_name(str(name), known)}" for name in values if name not in known]
+    times = Counter(key.value for key, _ in tree.value) if tree is not None else Counter()
+    errors += [f"{path}: {name} is given {count} times" for name, count in times.items() if count > 1]
     return {name: value for name, value in values.items() if name in known}, errors
 
 
@@ -301,19 +321,23 @@ def _unknown_name(name: str, known: list[str]) -> str:
     stripped = name.lstrip("-").split("=")[0].replace("-", "_")
     if stripped in OLDER_NAMES:
         return f"unknown setting {name}: that is {OLDER_NAMES[stripped]}"
+    if stripped in known:
+        is_dashed = "-" in name.lstrip("-").split("=")[0]
+        return f"{name} is written {stripped}" if is_dashed else f"{name} is a mapping: set it in the YAML file"
     nearest = difflib.get_close_matches(stripped, known, n=1, cutoff=0.0)[0]
     return f"unknown setting {name}: the nearest known one is {nearest}"
 
 
-def _build_config(config_class: type[Config], values: dict[str, Any]) -> tuple[Config | None, list[str]]:
+def _build_config(config_class: type[Config], values: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """The settings, with the default for each value that is refused, and the errors by name."""
     hints = typing.get_type_hints(config_class)
-    converted, errors = {}, []
+    converted, errors = {}, {}
     for name, value in values.items():
         try:
             converted[name] = _convert(value, hints[name])
-        except ValueError:
-            errors.append(f"--{name} is {value!r}, {_type_name(hints[name])} is needed")
-    return (None if errors else config_class(**converted)), errors
+        except (ValueError, TypeError, OverflowError):  # Text, a date and infinity where a whole number belongs.
+            errors[name] = f"--{name} is {value!r}, {_type_name(hints[name])} is needed"
+    return config_class(**converted), errors
 
 
 def _convert(value: Any, kind: Any) -> Any:

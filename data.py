@@ -7,6 +7,7 @@ ranks and micro-batches are cuts of an update (`cut_update`), so another number 
 resume changes the cuts and never the updates.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -49,7 +50,7 @@ class ShardDataset(Dataset):
         folder: `OUT/train`, `OUT/dev` or `OUT/test` as prepare.py wrote it.
 
     Raises:
-        UsageError: the folder is missing, empty or of another schema, or a part has not the size it was written with.
+        UsageError: the folder is missing, empty, unfinished or of another schema, or a part is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,13 +61,16 @@ class ShardDataset(Dataset):
         for part in range(len(self._parts)):
             reader = _open_part(self._parts[part], columns=("num_samples",))
             for position in range(reader.num_record_batches):
-                column = reader.get_batch(position).column("num_samples").to_numpy()
+                with _naming_damage(self._parts[part]):
+                    column = reader.get_batch(position).column("num_samples").to_numpy()
                 lengths.append(column)
                 starts.append(row)
                 owners.append(part)
                 positions.append(position)
                 row += len(column)
-        self.num_samples = np.concatenate(lengths) if lengths else np.zeros(0, np.int32)
+        if not row:
+            raise UsageError(f"{self.folder} holds no utterance: {self.folder.parent / 'dropped.csv'} says why")
+        self.num_samples = np.concatenate(lengths)
         self._batch_starts = np.asarray(starts, np.int64)
         self._batch_parts = np.asarray(owners, np.int32)
         self._batch_positions = np.asarray(positions, np.int32)
@@ -100,7 +104,10 @@ class ShardDataset(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """One hash over the checksums of the parts."""
-        checksums = [json.loads((part / "part.json").read_text())["sha256"] for part in self._parts]
+        checksums = []
+        for part in self._parts:
+            with _naming_damage(part):
+                checksums.append(_read_json(part / "part.json")["sha256"])
         return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
     def column(self, name: str) -> Iterator[str]:
@@ -114,7 +121,9 @@ class ShardDataset(Dataset):
         for part in self._parts:
             reader = _open_part(part, columns=(name,))
             for position in range(reader.num_record_batches):
-                yield from reader.get_batch(position).column(name).to_pylist()
+                with _naming_damage(part):
+                    values = reader.get_batch(position).column(name).to_pylist()
+                yield from values
 
     def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
         batch = int(np.searchsorted(self._batch_starts, row, side="right")) - 1
@@ -126,22 +135,35 @@ class ShardDataset(Dataset):
 
 
 def _find_parts(folder: Path) -> list[Path]:
-    parts = sorted(folder.glob("part_*"), key=lambda part: int(part.name.removeprefix("part_") or 0))
-    if not parts:
+    """The parts that `prepare.json`, the mark of a finished preparation, counts for this split."""
+    data_dir = folder.parent
+    found = {part.name for part in folder.glob("part_*")}
+    if not found and not (data_dir / "prepare.json").exists():
+        raise UsageError(f"{folder} holds no prepared data: run python prepare.py --corpus ... --data_dir {data_dir}")
+    try:
+        count = int(_read_json(data_dir / "prepare.json")["splits"][folder.name]["parts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{folder} holds no prepared data: run python prepare.py --corpus ... --data_dir {folder.parent}"
-        )
-    expected = [f"part_{number}" for number in range(1, len(parts) + 1)]
-    if [part.name for part in parts] != expected:
-        missing = sorted(set(expected) - {part.name for part in parts})
+            f"{data_dir} is not finished (prepare.json: {error}): run the same prepare.py command again, it goes on "
+            "where it stopped"
+        ) from error
+    expected = [f"part_{number}" for number in range(1, count + 1)]
+    missing, extra = [name for name in expected if name not in found], sorted(found - set(expected))
+    if missing:
         raise UsageError(f"{folder} lacks {', '.join(missing)}: run prepare.py again, it makes what is missing")
-    return parts
+    if extra:
+        raise UsageError(f"{folder} holds {', '.join(extra)}, which prepare.json does not count: move it elsewhere")
+    if not expected:
+        raise UsageError(
+            f"the {folder.name} split of {data_dir} is empty: prepare a corpus that has one, or divide it by --split_by"
+        )
+    return [folder / name for name in expected]
 
 
 def _open_part(part: Path, columns: tuple[str, ...] | None = None) -> pa.ipc.RecordBatchFileReader:
     """Map `data.arrow`; with `columns`, only those are visible and touched."""
-    try:
-        facts = json.loads((part / "part.json").read_text())
+    with _naming_damage(part):
+        facts = _read_json(part / "part.json")
         if facts["schema_version"] != SCHEMA_VERSION:
             raise UsageError(
                 f"{part} has schema {facts['schema_version']}, this version reads {SCHEMA_VERSION}: prepare again"
@@ -155,9 +177,22 @@ def _open_part(part: Path, columns: tuple[str, ...] | None = None) -> pa.ipc.Rec
         reader = pa.ipc.open_file(source)
         if columns is None:
             return reader
-        included = [reader.schema.get_field_index(name) for name in columns]
+        included = [reader.schema.names.index(name) for name in columns]
         return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=included))
-    except (OSError, KeyError, json.JSONDecodeError, pa.ArrowInvalid) as error:
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _naming_damage(part: Path) -> Iterator[None]:
+    """Whatever a damaged file makes the readers raise becomes one line that names the part."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UsageError(f"{part} is damaged ({error}): delete it and run prepare.py again") from error
 
 
@@ -229,6 +264,8 @@ def cut_update(
         max_utterances: limit of a micro-batch when `max_batch_samples` is None.
         max_batch_samples: limit of rows x longest row; one longer utterance forms a micro-batch of its own.
     """
+    if not len(num_samples):
+        return []
     order = np.argsort(-num_samples.astype(np.int64), kind="stable")
     if max_batch_samples is None:
         num_chunks = math.ceil(len(order) / (max_utterances * num_processes)) * num_processes

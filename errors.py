@@ -1,11 +1,13 @@
 """How every command ends: one clear line and an exit status, never a traceback for what a user can cause."""
 
+import os
 import sys
 from collections.abc import Callable
 
 STATUS_DONE = 0
 STATUS_FAILED = 1
 STATUS_REFUSED = 2
+STATUS_INTERRUPTED = 130
 
 
 class UsageError(ValueError):
@@ -17,13 +19,27 @@ class RunFailed(RuntimeError):
 
 
 def exit_status(command: Callable[[], None]) -> int:
-    """Run `command` and turn the errors that a user can cause into one line on stderr and a status."""
+    """Run `command` and turn the errors that a user can cause into one line on stderr and a status.
+
+    Every process of a run refuses alike, so the first one of each machine says it for all; what fails on the way may
+    be one rank's own trouble, and each says it, with its number.
+    """
     try:
         command()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if _is_first_of_machine():
+            print(f"error: {error}", file=sys.stderr)
         return STATUS_REFUSED
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"failed: {error}" if rank == "0" else f"[rank {rank}] failed: {error}", file=sys.stderr)
         return STATUS_FAILED
+    except KeyboardInterrupt:
+        if _is_first_of_machine():
+            print("interrupted", file=sys.stderr)
+        return STATUS_INTERRUPTED
     return STATUS_DONE
+
+
+def _is_first_of_machine() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"

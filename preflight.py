@@ -6,6 +6,7 @@ Every utterance left out of training has its reason in `Selection.dropped`; dev 
 import csv
 import io
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +24,15 @@ from text import Coverage, TextNormalizer, Vocabulary, measure_coverage, require
 MAX_UNKNOWN_FRACTION = 0.005
 TEXTS_PER_BLOCK = 10_000
 UTTERANCES_SHOWN = 3
+# What helps when a rule has left nothing to train on.
+REMEDIES = {
+    "no_labels": "check the text column and --characters_to_ignore",
+    "too_short": "lower --min_duration_in_seconds",
+    "too_long": "raise --max_duration_in_seconds",
+    "more_labels_than_frames": "check that texts and clips belong together",
+}
+# Stands for a space where the vocabulary has no word delimiter, so that it counts as unknown and can be seen.
+VISIBLE_SPACE = "\u2423"
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,11 @@ def select_training_rows(
         (int(row), "not_in_subset", "train_fraction or max_train_samples") for row in np.setdiff1d(rows, subset)
     ]
     if not len(subset):
-        reasons = ", ".join(f"{reason} {count}" for reason, count in Counter(row[1] for row in dropped).items())
-        raise UsageError(f"no training utterance of {len(dataset)} is left ({reasons}): widen the duration limits")
+        reasons = Counter(reason for _, reason, _ in dropped).most_common()
+        raise UsageError(
+            f"no training utterance of {len(dataset)} is left "
+            f"({', '.join(f'{reason} {count}' for reason, count in reasons)}): {REMEDIES[reasons[0][0]]}"
+        )
     return Selection(subset, num_labels[subset], dropped)
 
 
@@ -127,24 +140,33 @@ def check_coverage(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary
 
 
 def _measure(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> Coverage:
-    return measure_coverage((normalizer(text) for text in dataset.column("text")), vocabulary)
+    texts = (normalizer(text) for text in dataset.column("text"))
+    if vocabulary.delimiter_id is None:
+        texts = (text.replace(" ", VISIBLE_SPACE) for text in texts)
+    return measure_coverage(texts, vocabulary)
 
 
 def _coverage_remedy(
     dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, unknown: Counter[str]
 ) -> str:
-    """The setting that covers most, tried on the texts, not guessed."""
-    candidates = {f"--case {case}": replace(normalizer, case=case) for case in ("upper", "lower", "keep")}
-    marks = "".join(sorted(character for character in unknown if not character.isalnum()))
+    """The least change of settings that covers the texts, tried on them, not guessed."""
+    cases = {f"--case {case}": replace(normalizer, case=case) for case in ("upper", "lower", "keep")}
+    candidates = dict(cases)
+    # Marks that combine with a letter are part of it: to ignore them would spoil the text.
+    marks = "".join(
+        sorted(c for c in unknown if not c.isalnum() and not unicodedata.combining(c) and c != VISIBLE_SPACE)
+    )
     if marks:
         ignored = normalizer.characters_to_ignore + marks
-        candidates[f"{marks} added to --characters_to_ignore"] = replace(normalizer, characters_to_ignore=ignored)
-    fractions = {
-        setting: _measure(dataset, changed, vocabulary).unknown_fraction for setting, changed in candidates.items()
-    }
-    best = min(fractions, key=fractions.__getitem__)
-    if fractions[best] <= MAX_UNKNOWN_FRACTION:
-        return f"with {best} coverage is {1 - fractions[best]:.2%}"
+        adding = f"{marks} added to --characters_to_ignore"
+        candidates[adding] = replace(normalizer, characters_to_ignore=ignored)
+        candidates |= {
+            f"{case} and {adding}": replace(changed, characters_to_ignore=ignored) for case, changed in cases.items()
+        }
+    for setting, changed in candidates.items():
+        fraction = _measure(dataset, changed, vocabulary).unknown_fraction
+        if fraction <= MAX_UNKNOWN_FRACTION:
+            return f"with {setting} coverage is {1 - fraction:.2%}"
     return "no such setting mends it: build a vocabulary from the text with --vocabulary train (and a new head)"
 
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -15,8 +16,10 @@ class Progress:
     """Count `total` units of work on stderr; use as a context manager.
 
     `enabled=False` (every process but the main one) prints nothing. `audio_seconds` given to `advance` adds the
-    hours of audio to the display.
+    hours of audio to the display. One inside another shows its bar below the outer one's.
     """
+
+    _display: ClassVar[RichProgress | None] = None
 
     def __init__(self, description: str, total: int, unit: str, enabled: bool = True, start: int = 0) -> None:
         self.description, self.total, self.unit, self.enabled = description, total, unit, enabled
@@ -34,8 +37,11 @@ class Progress:
                 TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(),
             )
-            self._bar = RichProgress(*columns, console=Console(stderr=True))
-            self._bar.start()
+            self._is_outer = Progress._display is None
+            if self._is_outer:
+                Progress._display = RichProgress(*columns, console=Console(stderr=True))
+                Progress._display.start()
+            self._bar = Progress._display
             self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, status="")
         return self
 
@@ -59,8 +65,13 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
+        if self._bar is None:
+            return
+        if self._is_outer:
             self._bar.stop()
+            Progress._display = None
+        else:
+            self._bar.remove_task(self._task)
 
     def _rate(self) -> float:
         return (self.done - self.start) / max(time.monotonic() - self._started_at, 1e-9)

@@ -80,14 +80,16 @@ class Meter:
             self._sums["seconds"] += time.perf_counter() - self._started_at
         self._started_at = None
 
-    def add(self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor, was_skipped: bool) -> None:
+    def add(self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Count one update; what all ranks know alike is counted by the first."""
         self.grad_norm = grad_norm
         self._loss += loss_sum
         if self.accelerator.is_main_process:
             self._sums["labels"] += update.num_labels
             self._sums["utterances"] += update.num_utterances
-            self._sums["scaler_skips"] += was_skipped
+            if self.accelerator.scaler is not None:
+                # Accelerate's own flag is blind to the fused optimizer, which skips inside its kernel.
+                self._skips += ~torch.isfinite(grad_norm)
         for batch in update.micro_batches:
             self._sums["samples"] += batch.num_samples
             self._sums["padded_samples"] += batch.num_padded_samples
@@ -96,7 +98,8 @@ class Meter:
         """Pause, and return the sums over all ranks. They are kept until `clear`."""
         self.pause()
         mine = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        mine[0] += self._loss
+        mine[METER_SUMS.index("loss")] += self._loss
+        mine[METER_SUMS.index("scaler_skips")] += self._skips
         reduced = self.accelerator.reduce(mine, reduction="sum").tolist()
         # From here on the first rank holds what all have counted, as after a resume: equal bits either way.
         self._restart(reduced)
@@ -110,6 +113,7 @@ class Meter:
         mine = sums if self.accelerator.is_main_process else [0.0] * len(METER_SUMS)
         self._sums = dict(zip(METER_SUMS, mine, strict=True))
         self._loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        self._skips = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
 
 
 class Run:

@@ -58,7 +58,7 @@ def train(run: Run) -> None:
         for update in loader:
             loss_sum, grad_norm = train_step(run, update)
             state.step += 1
-            run.meter.add(update, loss_sum, grad_norm, run.accelerator.optimizer_step_was_skipped)
+            run.meter.add(update, loss_sum, grad_norm)
             is_last = state.step == run.total_steps
             if state.step % config.eval_steps == 0 or is_last:
                 evaluate_and_log(run, progress)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,9 +40,31 @@ TINY_MODEL = {
 }
 
 
-def write_part(
-    folder: Path, rows: Sequence[tuple[str, np.ndarray, str, str]], rows_per_batch: int = 3
-) -> None:
+# The other kind of encoder: group norm over the first convolution, layer norm behind each block.
+TINY_GROUP_NORM_MODEL = TINY_MODEL | {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
+
+# Large random weights: an untrained model that says something else in every frame, and nothing near a tie.
+TALKATIVE = {"initializer_range": 0.5}
+
+
+def write_recipe(path: Path, data_dir: Path, **settings: object) -> Path:
+    """A recipe for --config: the tiny model, five updates of eight utterances, a row of the log for each."""
+    recipe = {
+        "data_dir": str(data_dir),
+        "model_config": TINY_MODEL | TALKATIVE,
+        "vocabulary": "train",
+        "freeze_feature_encoder": False,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "max_steps": 5,
+        "logging_steps": 1,
+        "dataloader_num_workers": 0,
+    }
+    path.write_text(yaml.safe_dump(recipe | settings))
+    return path
+
+
+def write_part(folder: Path, rows: Sequence[tuple[str, np.ndarray, str, str]], rows_per_batch: int = 3) -> None:
     """A shard part as prepare.py writes it, from (id, int16 audio, text, speaker) rows."""
     folder.mkdir(parents=True)
     schema = pa.schema(
@@ -72,9 +95,15 @@ def write_part(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     (folder / "part.json").write_text(json.dumps(facts))
+    # prepare.py's mark of a finished preparation, with the parts of each split.
+    data_dir = folder.parents[1]
+    parts = {split: {"parts": len(list((data_dir / split).glob("part_*")))} for split in ("train", "dev", "test")}
+    (data_dir / "prepare.json").write_text(json.dumps({"splits": parts}))
 
 
-def make_rows(count: int, seed: int, speakers: Sequence[str] = ("ann", "ben")) -> list[tuple[str, np.ndarray, str, str]]:
+def make_rows(
+    count: int, seed: int, speakers: Sequence[str] = ("ann", "ben")
+) -> list[tuple[str, np.ndarray, str, str]]:
     """Noise of 0.3 to 1.2 s with two to six letters each; the letter decides the tone under the noise."""
     rng = np.random.default_rng(seed)
     rows = []

@@ -83,6 +83,22 @@ def test_unusable_clips_have_a_reason(tmp_path, name, content, request_fields, r
     assert "\n" not in error.value.detail
 
 
+@pytest.mark.parametrize("suffix", [".mp3", ".flac", ".ogg"])
+def test_a_file_that_breaks_off_is_not_half_a_clip(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    soundfile.write(path, np.random.default_rng(0).standard_normal(160_000) * 0.1, 16_000)
+    whole = path.read_bytes()
+    assert len(read_clip(ClipRequest(str(path))).samples) == pytest.approx(160_000, abs=2_500)
+    path.write_bytes(whole[: len(whole) // 2])
+    try:
+        samples = read_clip(ClipRequest(str(path))).samples
+    except ClipError as error:
+        assert error.reason == "undecodable"
+    else:
+        # An Ogg stream carries no length: what is there is all that can be known.
+        assert suffix == ".ogg" and len(samples)
+
+
 def test_too_long_and_odd_rates_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "MAX_CLIP_SECONDS", 0.5)
     soundfile.write(tmp_path / "long.wav", np.zeros(16_000, np.int16), 16_000)

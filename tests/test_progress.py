@@ -1,0 +1,123 @@
+"""What progress prints into a pipe, on a terminal, and when it is disabled."""
+
+import io
+import sys
+
+import pytest
+
+import progress
+from progress import Progress, format_seconds
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(progress.time, "monotonic", clock.monotonic)
+    return clock
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_pipe_gets_plain_lines_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("preparing", total=400, unit="clips") as bar:
+        for _ in range(25):
+            clock.now += 1
+            bar.advance(10, audio_seconds=36.0)
+    assert capsys.readouterr() == (
+        "",
+        "preparing: 100/400 (25%), 10.0 clips/s, 0.10 h of audio, ETA 0:00:30\n"
+        "preparing: 200/400 (50%), 10.0 clips/s, 0.20 h of audio, ETA 0:00:20\n",
+    )
+
+
+def test_note_stands_behind_the_rate(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("training", total=8, unit="updates") as bar:
+        clock.now += 20
+        bar.advance(note="loss 1.250")
+    assert capsys.readouterr().err == "training: 1/8 (12%), 0.1 updates/s, loss 1.250, ETA 0:02:20\n"
+
+
+def test_a_resumed_run_does_not_count_what_was_done_before(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("training", total=1_000, unit="updates", start=900) as bar:
+        clock.now += 10
+        bar.advance(20)
+    assert capsys.readouterr().err == "training: 920/1000 (92%), 2.0 updates/s, ETA 0:00:40\n"
+
+
+def test_short_work_and_no_work_print_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("evaluating", total=2, unit="batches") as bar:
+        clock.now += 9
+        bar.advance(2)
+    with Progress("evaluating", total=0, unit="batches"):
+        clock.now += 100
+    assert capsys.readouterr() == ("", "")
+
+
+def test_disabled_prints_nothing_at_all(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    for stderr in (sys.stderr, terminal):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with Progress("training", total=8, unit="updates", enabled=False) as bar:
+            clock.now += 60
+            bar.advance(note="loss 1")
+            bar.print("a row of the log")
+    assert terminal.getvalue() == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_go_to_stdout_and_progress_to_stderr(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("training", total=8, unit="updates") as bar:
+        bar.print("step 1/8, WER 100.00%")
+    assert capsys.readouterr() == ("step 1/8, WER 100.00%\n", "")
+
+
+def test_a_failure_inside_passes_and_ends_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(KeyError), Progress("training", total=8, unit="updates") as bar:
+        bar.advance()
+        raise KeyError
+    assert Progress._display is None
+
+
+def test_on_a_terminal_an_evaluation_shares_the_display_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with Progress("training", total=8, unit="updates") as outer:
+        outer.advance(3, note="loss 0.5")
+        with Progress("evaluating", total=4, unit="batches") as inner:
+            inner.advance(2)
+            assert [(task.description, task.completed) for task in outer._bar.tasks] == [
+                ("training", 3),
+                ("evaluating", 2),
+            ]
+            inner._bar.refresh()
+        assert [task.description for task in outer._bar.tasks] == ["training"]
+        outer.print("row [of] the log")
+        outer.advance()
+    shown = terminal.getvalue()
+    assert all(text in shown for text in ("3/8", "2/4", "4/8", "loss 0.5", "row [of] the log"))
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "one display hides the cursor and gives it back"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (59.4, "0:00:59"), (59.5, "0:01:00"), (3_599.6, "1:00:00"), (360_000, "100:00:00")],
+)
+def test_format_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text

@@ -1,0 +1,926 @@
+"""The whole program in one process: its run directory, its arithmetic, its resume, and what it refuses."""
+
+import contextlib
+import csv
+import dataclasses
+import gc
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from architectures import LARGE_960H, XLS_R_300M, Architecture, write_published_like_checkpoint
+from conftest import REPOSITORY, TALKATIVE, TINY_GROUP_NORM_MODEL, TINY_MODEL, make_rows, write_part, write_recipe
+from matplotlib.image import imread
+from safetensors.torch import load_file
+from transformers import get_scheduler, pipeline
+
+import corpora
+import processes
+import train
+from config import TrainConfig
+from data import CutSettings, ShardDataset, training_loader
+from errors import exit_status
+from metrics import ErrorCounts, Score
+from processes import start_processes
+from run import Run
+from runlog import LOG_COLUMNS, read_log
+
+TRAINING_COLUMNS = (
+    "train_loss", "learning_rate", "grad_norm", "samples_per_second", "audio_seconds_per_second", "padding_fraction",
+    "scaler_skips", "peak_memory_mb", "elapsed_seconds",
+)  # fmt: skip
+EVALUATION_COLUMNS = (
+    "eval_loss", "eval_wer", "eval_cer", "eval_raw_wer", "eval_sentence_error_rate", "eval_near_ties",
+    "blank_fraction", "eval_runtime",
+)  # fmt: skip
+# What a repetition cannot repeat.
+MEASURED_COLUMNS = [
+    "samples_per_second", "audio_seconds_per_second", "eval_runtime", "peak_memory_mb", "elapsed_seconds",
+]  # fmt: skip
+MASKS = {"mask_time_prob": 0.4, "mask_time_length": 2, "mask_feature_prob": 0.3, "mask_feature_length": 4}
+NO_CLIPPING = 1e9
+
+
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate keeps its state in singletons, which a process of the user has once."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name == "WORLD_SIZE"]:
+        monkeypatch.delenv(name)
+    # The tests' own parent is no launcher.
+    monkeypatch.setattr(processes, "_die_with_launcher", lambda: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """train.py with these arguments, in this process: its exit status."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        return exit_status(train.main)
+
+    return run
+
+
+@pytest.fixture
+def make_run(prepared: Path, tmp_path: Path) -> Callable[..., Run]:
+    """A run that has not begun: model, data and plan, to call its steps one by one."""
+    folders = iter(range(100))
+
+    def make(**settings: object) -> Run:
+        config = TrainConfig(
+            **{
+                "data_dir": str(prepared),
+                "output_dir": str(tmp_path / f"run_{next(folders)}"),
+                "model_config": TINY_MODEL | TALKATIVE,
+                "vocabulary": "train",
+                "freeze_feature_encoder": False,
+                "max_grad_norm": NO_CLIPPING,
+                "dataloader_num_workers": 0,
+            }
+            | settings
+        )
+        return Run(config, train.start_processes(config.report_to, config.output_dir))
+
+    return make
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below `folder` with a hash of its content."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def repeatable(run_dir: Path) -> list[dict[str, str]]:
+    """The rows of the log, as text, without what a repetition cannot repeat."""
+    rows = read_table(run_dir / "training_log.csv")
+    return [{name: value for name, value in row.items() if name not in MEASURED_COLUMNS} for row in rows]
+
+
+# --- The run directory ---------------------------------------------------------------------------------------------
+
+
+class Finished(NamedTuple):
+    data_dir: Path
+    folder: Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One run from the shell, as a user starts it: loader workers, trackers, from another working directory."""
+    root = tmp_path_factory.mktemp("finished")
+    rows = make_rows(13, seed=1)
+    write_part(root / "data" / "train" / "part_1", rows[:8])
+    write_part(root / "data" / "train" / "part_2", rows[8:])
+    write_part(root / "data" / "dev" / "part_1", make_rows(11, seed=2))
+    write_part(root / "data" / "test" / "part_1", make_rows(4, seed=3, speakers=("ann", "cem")))
+    recipe = write_recipe(
+        root / "recipe.yaml", root / "data", max_steps=7, logging_steps=2, eval_steps=3, save_steps=2,
+        max_duration_in_seconds=1.0, max_train_samples=9, per_device_train_batch_size=4, max_eval_samples=10,
+        dataloader_num_workers=1, report_to=["tensorboard"],
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "train.py", "--config", recipe, "--output_dir", "run"],
+        cwd=root, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return Finished(root / "data", root / "run", done.stdout, done.stderr)
+
+
+def test_run_directory_holds_what_the_contract_names(finished: Finished) -> None:
+    folder = finished.folder
+    names = {path.name for path in folder.iterdir()} - {"wav2vec2-ctc-finetune"}  # the tracker's
+    assert names == {
+        "config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv",
+        "train_results.json", "checkpoints", "drop_list.csv", "model",
+    }  # fmt: skip
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000006", "step_000007"]
+    assert {path.name for path in (folder / "checkpoints" / "step_000007").iterdir()} == {
+        "tensors.safetensors", "state.json", "manifest.json",
+    }  # fmt: skip
+    assert {"config.json", "model.safetensors", "vocab.json"} <= {path.name for path in (folder / "model").iterdir()}
+    assert imread(folder / "training_curve.png", format="png").shape[2] == 4
+    assert list(folder.rglob("events.out.tfevents.*"))
+
+
+def test_log_has_a_row_for_each_logging_or_evaluation_step(finished: Finished) -> None:
+    log = read_log(finished.folder / "training_log.csv")
+    assert list(log.columns) == list(LOG_COLUMNS)
+    assert log["step"].tolist() == [2, 3, 4, 6, 7]
+    assert log["epoch"].tolist() == pytest.approx([2 / 3, 1, 4 / 3, 2, 7 / 3])
+    assert log[list(TRAINING_COLUMNS)].notna().all(axis=None)
+    for column in EVALUATION_COLUMNS:
+        assert log["step"][log[column].notna()].tolist() == [3, 6, 7], column
+    assert (log["elapsed_seconds"].diff()[1:] > 0).all()
+    assert log["padding_fraction"].between(0, 0.5).all()
+
+
+def test_every_left_out_utterance_has_a_reason(finished: Finished) -> None:
+    train_set = ShardDataset(finished.data_dir / "train")
+    rows = read_table(finished.folder / "drop_list.csv")
+    long_ids = {name for name, count in zip(train_set.column("id"), train_set.num_samples, strict=True) if count > 16e3}
+    assert list(rows[0]) == ["split", "id", "reason", "detail"]
+    assert {row["id"] for row in rows if row["reason"] == "too_long"} == long_ids
+    assert len({row["id"] for row in rows}) == len(rows) == 13 - 9
+    assert {row["reason"] for row in rows} == {"too_long", "not_in_subset"}
+    assert f"left out    too_long {len(long_ids)}, not_in_subset {4 - len(long_ids)}" in finished.stdout
+
+
+def test_samples_are_the_same_utterances_at_every_evaluation(finished: Finished) -> None:
+    rows = read_table(finished.folder / "eval_samples.csv")
+    by_step = {step: [row for row in rows if row["step"] == step] for step in ("3", "6", "7")}
+    assert sum(map(len, by_step.values())) == len(rows) == 3 * 8
+    texts = dict(zip(*(ShardDataset(finished.data_dir / "dev").column(name) for name in ("id", "text")), strict=True))
+    for samples in by_step.values():
+        assert [row["id"] for row in samples] == [row["id"] for row in by_step["3"]]
+        assert all(row["reference"] == texts[row["id"]].lower() for row in samples)
+
+
+def test_results_carry_the_names_of_hugging_face(finished: Finished) -> None:
+    results = json.loads((finished.folder / "train_results.json").read_text())
+    assert {
+        "epoch", "train_loss", "train_runtime", "train_samples", "train_samples_per_second", "train_steps_per_second",
+        "best_step", "best_eval_wer", "test_wer", "test_wer_seen_speakers", "test_wer_unseen_speakers",
+    } <= results.keys()  # fmt: skip
+    log = read_log(finished.folder / "training_log.csv")
+    assert results["epoch"] == pytest.approx(7 / 3)
+    assert results["train_samples"] == 9
+    assert results["best_eval_wer"] == pytest.approx(log["eval_wer"].min())
+    assert results["best_step"] == log["step"][log["eval_wer"].idxmin()]
+    assert results["train_samples_per_second"] * results["train_runtime"] == pytest.approx(2 * 9 + 4)
+    # Rows of unequal size: the mean over the run is not the mean of the rows.
+    assert log["train_loss"].min() < results["train_loss"] < log["train_loss"].max()
+
+
+def test_environment_tells_what_ran(finished: Finished) -> None:
+    facts = json.loads((finished.folder / "environment.json").read_text())
+    assert facts["packages"]["torch"] == torch.__version__.split("+")[0] or facts["packages"]["torch"]
+    assert facts["data_fingerprint"] == ShardDataset(finished.data_dir / "train").fingerprint
+    assert facts["launcher"]["num_processes"] == 1
+    assert facts["launcher"]["mixed_precision"] == "no"
+    header = (finished.folder / "config.yaml").read_text().splitlines()[0]
+    assert "mixed_precision no" in header
+    assert "num_processes 1" in header
+
+
+def test_screen_says_what_will_happen_and_what_came_out(finished: Finished) -> None:
+    assert "4 per micro-batch x 1 accumulated x 1 processes = 4 utterances" in finished.stdout
+    assert "7 updates, 3 per epoch; precision no on cpu" in finished.stdout
+    assert finished.stdout.count("  decoded    ") == 3
+    for column in ("reference", "prediction"):
+        assert finished.stdout.count(f"    {column}") == 3 * 3
+    assert "use it: python -c" in finished.stdout
+    assert "voices never heard" in finished.stdout
+    assert "Traceback" not in finished.stderr
+    assert "Warning" not in finished.stderr
+
+
+def test_model_opens_in_a_pipeline_with_our_text(finished: Finished) -> None:
+    log = read_log(finished.folder / "training_log.csv")
+    best = str(log["step"][log["eval_wer"].idxmin()])
+    ours = {
+        row["id"]: row["prediction"] for row in read_table(finished.folder / "eval_samples.csv") if row["step"] == best
+    }
+    recognise = pipeline("automatic-speech-recognition", model=str(finished.folder / "model"))
+    dev = ShardDataset(finished.data_dir / "dev")
+    utterances = [dev[row] for row in range(len(dev)) if dev[row].id in ours]
+    theirs = {one.id: recognise(one.audio.astype(np.float32) / 32_768)["text"] for one in utterances}
+    assert theirs == ours
+    assert sum(map(len, ours.values())) > 8
+
+
+def test_config_yaml_repeats_the_run(finished: Finished, tmp_path: Path, command: Callable[..., int]) -> None:
+    status = command(
+        "--config", finished.folder / "config.yaml", "--output_dir", tmp_path / "again", "--dataloader_num_workers", 0
+    )
+    assert status == 0
+    first, second = (read_log(folder / "training_log.csv") for folder in (finished.folder, tmp_path / "again"))
+    for column in set(LOG_COLUMNS) - set(MEASURED_COLUMNS):
+        np.testing.assert_allclose(first[column], second[column], rtol=1e-5, err_msg=column)
+    samples = [tree(folder)["eval_samples.csv"] for folder in (finished.folder, tmp_path / "again")]
+    assert samples[0] == samples[1]
+
+
+def test_retention_never_costs_the_best(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wers, seen, tested = iter([90, 40, 60, 40, 80]), {}, []
+    original = train.evaluate
+
+    def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> Score:
+        score = original(run, dataset, rows, description)
+        weights = run.model.hf.state_dict()["lm_head.weight"].clone()
+        if description == "test set":
+            tested.append(weights)
+            return score
+        seen[run.state.step] = weights
+        return dataclasses.replace(score, words=ErrorCounts(substitutions=next(wers), hits=10))
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, eval_steps=1, save_steps=1, save_total_limit=1)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert (results["best_step"], results["best_eval_wer"]) == (2, 0.8)
+    best = load_file(tmp_path / "run" / "model" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(best, seen[2])
+    assert not torch.equal(best, seen[4])  # as good, and later
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000005"]
+    assert all(torch.equal(weights, best) for weights in tested)
+
+
+def test_fine_tuning_starts_with_the_score_of_the_checkpoint(
+    finished: Finished, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", finished.data_dir, model_config=None, vocabulary="auto", max_steps=2,
+        max_eval_samples=10,
+        model_name_or_path=str(finished.folder / "model"),
+    )  # fmt: skip
+    assert command("--config", recipe, "--output_dir", tmp_path / "tuned") == 0
+    log = read_log(tmp_path / "tuned" / "training_log.csv")
+    before = json.loads((finished.folder / "train_results.json").read_text())
+    after = json.loads((tmp_path / "tuned" / "train_results.json").read_text())
+    assert log["step"].tolist() == [0, 1, 2]
+    assert log["eval_wer"][0] == after["eval_wer_before"] == pytest.approx(before["best_eval_wer"])
+    assert np.isnan(log["train_loss"][0])
+    for name in ("test_wer", "test_cer", "test_wer_seen_speakers", "test_wer_unseen_speakers"):
+        assert after[f"{name}_before"] == before[name], name
+        assert name in after
+    screen = capsys.readouterr().out
+    assert screen.count("(before training ") == 4
+    assert {row["step"] for row in read_table(tmp_path / "tuned" / "eval_samples.csv")} == {"0", "2"}
+
+
+def test_test_set_is_divided_by_what_training_heard(finished: Finished) -> None:
+    """Slices are pooled counts: weighted by words they give the whole."""
+    results = json.loads((finished.folder / "train_results.json").read_text())
+    test_set = ShardDataset(finished.data_dir / "test")
+    words = {"ann": 0, "cem": 0}
+    for speaker, text in zip(test_set.column("speaker"), test_set.column("text"), strict=True):
+        words[speaker] += len(text.split())
+    errors = {
+        "ann": results["test_wer_seen_speakers"] * words["ann"],
+        "cem": results["test_wer_unseen_speakers"] * words["cem"],
+    }
+    assert all(count == pytest.approx(round(count)) for count in errors.values())
+    assert results["test_wer"] == pytest.approx(sum(errors.values()) / sum(words.values()))
+
+
+# --- Promise 1: one update, however it is cut ----------------------------------------------------------------------
+
+
+def one_update(run: Run, step: int, cut: CutSettings) -> tuple[float, torch.Tensor]:
+    """CTC loss and gradient of this rank's share of `step`, both before the optimizer changes anything."""
+    loader = training_loader(run.train_set, run.plan, run.num_labels, run.collate, cut, step, step + 1, 0)
+    (update,) = loader
+    weights = {name: value.clone() for name, value in run.model.hf.state_dict().items()}
+    loss_sum, _ = train.train_step(run, update)
+    gradient = run.gradients.buffer.clone()
+    run.model.hf.load_state_dict(weights)
+    return float(loss_sum), gradient
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+CUTS = [  # processes, utterances per micro-batch, padded seconds per micro-batch
+    (1, 1, None), (1, 2, None), (1, 4, None), (1, 3, None), (1, 8, 2.0), (1, 8, 0.2), (2, 1, None), (2, 4, None),
+    (3, 8, 1.5), (5, 1, None), (7, 8, 3.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("masks", [{}, MASKS], ids=["plain", "masks"])
+@pytest.mark.parametrize("architecture", [TINY_MODEL, TINY_GROUP_NORM_MODEL], ids=["layer_norm", "group_norm"])
+def test_update_is_the_same_however_it_is_cut(
+    make_run: Callable[..., Run], architecture: dict[str, object], masks: dict[str, object]
+) -> None:
+    """Step 0 is a full update of 8, step 1 the short one of 5; with seven processes two of its cuts are empty."""
+    run = make_run(model_config=architecture | masks)
+    assert [len(positions) for _, _, positions in run.plan.updates(0, 2)] == [8, 5]
+    for step in (0, 1):
+        loss, gradient = one_update(run, step, CutSettings(0, 1, 8))
+        assert gradient.norm() > 0.1
+        for num_processes, size, seconds in CUTS:
+            shares = [
+                one_update(run, step, CutSettings(rank, num_processes, size, seconds)) for rank in range(num_processes)
+            ]
+            cut = (step, num_processes, size, seconds)
+            assert sum(share[0] for share in shares) == pytest.approx(loss, rel=1e-5), cut
+            assert relative_difference(sum(share[1] for share in shares), gradient) < 1e-5, cut
+
+
+@pytest.mark.parametrize("architecture", [TINY_MODEL, TINY_GROUP_NORM_MODEL], ids=["layer_norm", "group_norm"])
+def test_update_is_the_mean_over_its_labels(make_run: Callable[..., Run], architecture: dict[str, object]) -> None:
+    """Against transformers' own model, one utterance at a time: the loss is per label (traps 2, 3 and 18)."""
+    run = make_run(model_config=architecture)
+    reference = type(run.model.hf)(run.model.hf.config)
+    reference.load_state_dict(run.model.hf.state_dict())
+    for step, _, positions in run.plan.updates(0, 2):
+        reference.zero_grad()
+        rows = run.plan.rows[positions]
+        loss_sum, num_labels = torch.zeros(()), 0
+        for row in rows:
+            utterance = run.train_set[int(row)]
+            labels = torch.tensor(run.vocabulary.encode(run.normalizer(utterance.text))).long()
+            values = torch.from_numpy(run.collate._scale(utterance.audio))[None]
+            log_probs_T1V = F.log_softmax(reference(values).logits, dim=-1).transpose(0, 1)
+            frames = torch.tensor([len(log_probs_T1V)])
+            loss = F.ctc_loss(log_probs_T1V, labels[None], frames, torch.tensor([len(labels)]), reduction="sum")
+            loss_sum, num_labels = loss_sum + loss, num_labels + len(labels)
+        (loss_sum / num_labels).backward()
+        trained = [name for name, parameter in run.model.hf.named_parameters() if parameter.requires_grad]
+        parameters = dict(reference.named_parameters())
+        expected = torch.cat([parameters[name].grad.flatten() for name in trained])
+        found_loss, found = one_update(run, step, CutSettings(0, 1, 8))
+        assert found_loss == pytest.approx(float(loss_sum.detach()), rel=1e-5)
+        assert relative_difference(found, expected) < 1e-5
+
+
+def test_log_is_the_same_for_every_accumulation(prepared: Path, tmp_path: Path, command: Callable[..., int]) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=TINY_GROUP_NORM_MODEL | TALKATIVE | MASKS)
+    cuts = {"whole": (8, 1), "by_one": (1, 8)}
+    for name, (size, accumulation) in cuts.items():
+        flags = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulation)
+        assert command("--config", recipe, "--output_dir", tmp_path / name, *flags) == 0
+    whole, by_one = (read_log(tmp_path / name / "training_log.csv") for name in cuts)
+    assert len(whole) == 5
+    for column in ("train_loss", "grad_norm", "learning_rate", "eval_loss"):
+        np.testing.assert_allclose(whole[column], by_one[column], rtol=2e-5, err_msg=column)
+    first, second = ((tmp_path / name / "eval_samples.csv").read_text() for name in cuts)
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_learning_rate_is_that_of_transformers(make_run: Callable[..., Run], kind: str) -> None:
+    """Counted in optimizer steps whatever the accumulation, the last step included (trap 4)."""
+    run = make_run(
+        lr_scheduler_type=kind, warmup_steps=2, max_steps=6, learning_rate=1e-3,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1e-3)
+    name = kind if kind != "constant" else "constant_with_warmup"
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=6)
+    expected, used, logged = [], [], []
+    for update in training_loader(run.train_set, run.plan, run.num_labels, run.collate, run.cut, 0, 6, 0):
+        expected.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+        run.meter.add(update, *train.train_step(run, update))
+        run.state.step += 1
+        used.append(run.optimizer.param_groups[0]["lr"])
+        logged.append(run._training_values()["learning_rate"])
+    assert used == pytest.approx(expected, rel=1e-12)
+    assert logged == used
+    assert used[0] == 0.0
+    assert used[2] == 1e-3
+
+
+# --- Promise 2: one transcript per utterance -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", [TINY_MODEL, TINY_GROUP_NORM_MODEL], ids=["layer_norm", "group_norm"])
+def test_transcripts_do_not_depend_on_the_batch(
+    make_run: Callable[..., Run], architecture: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(model_config=architecture | TALKATIVE)
+    found: dict[str, str] = {}
+    original = train.score_one
+
+    def score_one(run: Run, batch: train.Batch) -> tuple[Score, list[str]]:
+        score, hypotheses = original(run, batch)
+        for utterance_id, hypothesis in zip(batch.ids, hypotheses, strict=True):
+            assert utterance_id not in found, "scored twice"
+            found[utterance_id] = hypothesis
+        return score, hypotheses
+
+    monkeypatch.setattr(train, "score_one", score_one)
+    results = []
+    for size, seconds in ((1, None), (4, None), (32, None), (32, 2.5)):
+        found.clear()
+        run.eval_cut = CutSettings(0, 1, size, seconds)
+        score = train.evaluate(run, run.train_set, np.arange(13), "")
+        results.append((dict(sorted(found.items())), score.words, score.characters, score.blank_frames, score.frames))
+        assert score.loss_sum == pytest.approx(score.loss_sum, rel=1e-5)
+    assert all(result == results[0] for result in results)
+    assert len(results[0][0]) == 13
+    assert len(set(results[0][0].values())) > 10
+
+
+def test_evaluation_keeps_nothing_of_what_it_scored(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors alive at the last batch of a large dev set are those at the last batch of a small one."""
+    run = make_run(per_device_eval_batch_size=4)
+    write_part(tmp_path / "more" / "dev" / "part_1", make_rows(96, seed=4))
+    more = ShardDataset(tmp_path / "more" / "dev")
+    original, logits, alive, live_bytes = train.forward, weakref.WeakSet(), [], []
+
+    def forward(run: Run, batch: train.Batch) -> tuple[torch.Tensor, ...]:
+        alive.append(len(logits))
+        if len(alive) == len(batches):
+            gc.collect()
+            tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
+            live_bytes.append(sum(tensor.nbytes for tensor in tensors) - 2 * batch.input_values_BS.nbytes)
+        outputs = original(run, batch)
+        logits.add(outputs[0])
+        return outputs
+
+    monkeypatch.setattr(train, "forward", forward)
+    for count in (8, 96):
+        alive.clear()
+        rows = np.argsort(more.num_samples, kind="stable")[:count]
+        batches = range(count // 4)
+        train.evaluate(run, more, rows, "")
+        assert len(alive) == len(batches)
+        assert max(alive) <= 1, "logits of earlier batches are kept"
+    small, large = live_bytes
+    assert large < small + 100_000, f"{large - small} bytes more for twelve times the utterances"
+
+
+# --- Resuming ------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """The failure that a test asks for."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
+    """Let the function `name` of train.py fail at `step`."""
+    original = getattr(train, name)
+
+    def fail(run: Run, *arguments: object) -> object:
+        if run.state.step == step:
+            raise Stopped(name)
+        return original(run, *arguments)
+
+    monkeypatch.setattr(train, name, fail)
+
+
+def test_resume_is_invisible(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """Stopped before an update, in an evaluation and before the last checkpoint; draws of every kind are on."""
+    model_config = TINY_MODEL | TALKATIVE | MASKS | {"hidden_dropout": 0.2, "layerdrop": 0.5, "num_hidden_layers": 2}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=model_config, max_steps=11, logging_steps=2, eval_steps=4,
+        save_steps=3, warmup_steps=2,
+    )  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command("--config", recipe, "--output_dir", whole) == 0
+    flags = ["--config", recipe, "--output_dir", parts]
+    for function, step, resumed_at in (("train_step", 4, None), ("evaluate", 8, 3), ("evaluate", 11, 6)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            stop_at(patch, function, step)
+            command(*flags)
+        if resumed_at is not None:
+            assert f"step_{resumed_at:06d} at step {resumed_at} of 11" in capsys.readouterr().out
+        flags = ["--config", recipe, "--output_dir", parts, "--resume_from_checkpoint", "last"]
+    assert [row["step"] for row in repeatable(parts)] == ["2", "4", "6", "8", "10"]
+    assert command(*flags) == 0
+    assert "at step 9 of 11" in capsys.readouterr().out
+
+    assert repeatable(parts) == repeatable(whole)
+    assert [row["step"] for row in repeatable(parts)] == ["2", "4", "6", "8", "10", "11"]
+    files = [tree(folder) for folder in (whole, parts)]
+    for name in ("eval_samples.csv", "model/model.safetensors", "checkpoints/step_000011/tensors.safetensors"):
+        assert files[0][name] == files[1][name], name
+    results = [json.loads((folder / "train_results.json").read_text()) for folder in (whole, parts)]
+    for name in results[0].keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}:
+        assert results[0][name] == results[1][name], name
+    before = tree(parts)
+    assert command(*flags) == 2
+    assert "is finished (step 11 of 11)" in capsys.readouterr().err
+    assert tree(parts) == before
+
+
+def test_resume_refuses_other_data_and_changes_nothing(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    write_part(tmp_path / "other" / "train" / "part_1", make_rows(13, seed=9))
+    write_part(tmp_path / "other" / "dev" / "part_1", make_rows(5, seed=2))
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "train_step", 3)
+        command("--config", recipe, "--output_dir", tmp_path / "run")
+    before = tree(tmp_path / "run")
+    flags = ("--config", recipe, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "last")
+    capsys.readouterr()
+    for changed, named in ((("--data_dir", tmp_path / "other"), "training data"), (("--case", "keep"), "vocabulary")):
+        assert command(*flags, *changed) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert named in error
+        assert tree(tmp_path / "run") == before
+
+
+# --- Precision and the launcher ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cpu_scaler(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Runs that are made from here on have fp16's loss scaler, on the CPU (trap 30)."""
+
+    def install(init_scale: float) -> None:
+        def start(*arguments: object) -> train.Accelerator:
+            accelerator = start_processes(*arguments)
+            accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+            return accelerator
+
+        monkeypatch.setattr(train, "start_processes", start)
+
+    return install
+
+
+def test_overflow_of_the_loss_scaler_is_counted_and_steps_nothing(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], cpu_scaler: Callable[[float], None]
+) -> None:
+    """Autocast in fp16, and a first scale that is far too large."""
+    skipped_steps = []
+    original = train.train_step
+
+    def train_step(run: Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
+        before = [parameter.detach().clone() for parameter in run.gradients.parameters]
+        scale = run.accelerator.scaler.get_scale()
+        loss_sum, grad_norm = original(run, update)
+        is_unchanged = all(map(torch.equal, before, run.gradients.parameters))
+        assert is_unchanged == (run.accelerator.scaler.get_scale() < scale)
+        assert is_unchanged == (not torch.isfinite(grad_norm))
+        skipped_steps.extend([run.state.step + 1] * is_unchanged)
+        return loss_sum, grad_norm
+
+    cpu_scaler(2.0**20)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL, max_steps=16, save_steps=2)
+    flags = ("--config", recipe, "--output_dir", tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", train_step)
+        with pytest.MonkeyPatch.context() as failing, pytest.raises(Stopped):
+            stop_at(failing, "train_step", 5)
+            command(*flags)
+        assert command(*flags, "--resume_from_checkpoint", "last") == 0
+    assert skipped_steps
+    log = read_log(tmp_path / "run" / "training_log.csv")
+    expected = [len({skipped for skipped in skipped_steps if skipped <= step}) for step in log["step"]]
+    assert log["step"].tolist() == list(range(1, 17))
+    assert log["scaler_skips"].tolist() == expected
+    assert expected[-1] < 16
+    assert np.isfinite(log["train_loss"]).all()
+    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
+
+
+def test_loss_scaler_changes_no_gradient(
+    make_run: Callable[..., Run], cpu_scaler: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is clipped, logged and stepped on is the gradient without the scale."""
+    found = []
+    for is_scaled in (False, True):
+        if is_scaled:
+            cpu_scaler(1024.0)
+        run = make_run(max_grad_norm=0.5)
+        monkeypatch.setattr(run.accelerator, "autocast", contextlib.nullcontext)
+        (update,) = training_loader(run.train_set, run.plan, run.num_labels, run.collate, run.cut, 0, 1, 0)
+        _, grad_norm = train.train_step(run, update)
+        found.append((float(grad_norm), run.gradients.buffer, run.model.hf.lm_head.weight.detach()))
+    (plain_norm, plain, plain_weight), (norm, scaled, weight) = found
+    assert norm == pytest.approx(plain_norm, rel=1e-5)
+    assert float(scaled.norm()) == pytest.approx(0.5, rel=1e-5)
+    assert relative_difference(scaled, plain) < 1e-5
+    torch.testing.assert_close(weight, plain_weight)
+
+
+# --- Refused, in one line, before anything is written --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BadInput:
+    flags: list[str]
+    named: tuple[str, ...]
+    """What the message must hold."""
+    settings: dict[str, object] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    prepare: Callable[[Path], None] = lambda root: None
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _whisper(root: Path) -> None:
+    _write(root / "whisper" / "config.json", json.dumps({"model_type": "whisper"}))
+
+
+def _empty_split(name: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        shutil.rmtree(root / "data" / name)
+        write_part(root / "data" / name / "part_1", [])
+
+    return change
+
+
+BAD_INPUTS = {
+    "missing data_dir": BadInput(["--data_dir", "nowhere"], ("nowhere/train", "prepare.py")),
+    "no dev split": BadInput([], ("data/dev", "prepare.py"), prepare=lambda root: shutil.rmtree(root / "data" / "dev")),
+    "empty train split": BadInput([], ("data/train", "no utterance"), prepare=_empty_split("train")),
+    "empty dev split": BadInput([], ("data/dev",), prepare=_empty_split("dev")),
+    "nothing left": BadInput(["--max_duration_in_seconds", "0.2"], ("of 13 is left", "too_long 13")),
+    "lower case forced": BadInput(["--vocabulary", "large_960h", "--case", "lower"], ("0.", "--case upper")),
+    "checkpoint is a file": BadInput(
+        ["--model_name_or_path", "recipe.yaml"], ("is a file", "config.json"), {"model_config": None}
+    ),
+    "checkpoint without config.json": BadInput(
+        ["--model_name_or_path", "data"], ("not a checkpoint", "config.json"), {"model_config": None}
+    ),
+    "checkpoint of another family": BadInput(
+        ["--model_name_or_path", "whisper"], ("whisper", "wav2vec2"), {"model_config": None}, prepare=_whisper
+    ),
+    "hub out of reach": BadInput(
+        ["--model_name_or_path", "nobody/no-such-model"], ("hf download nobody/no-such-model",), {"model_config": None}
+    ),
+    "no model": BadInput([], ("--model_name_or_path",), {"model_config": None}),
+    "unknown flag": BadInput(["--learning_rat", "1"], ("--learning_rat", "nearest", "learning_rate")),
+    "unknown key": BadInput([], ("recipe.yaml", "evalsteps", "eval_steps"), {"evalsteps": 3}),
+    "all errors at once": BadInput(
+        ["--eval_steps", "0", "--max_steps", "0"], ("--eval_steps is 0", "--max_steps is 0")
+    ),
+    "wrong type": BadInput(["--eval_steps", "often"], ("--eval_steps", "'often'", "whole number")),
+    "no checkpoint to resume": BadInput(["--resume_from_checkpoint", "last"], ("run/checkpoints", "--output_dir")),
+    "fp16 without a GPU": BadInput([], ("fp16", "GPU", "bf16"), environment={"ACCELERATE_MIXED_PRECISION": "fp16"}),
+    "fp8": BadInput([], ("fp8", "not supported"), environment={"ACCELERATE_MIXED_PRECISION": "fp8"}),
+    "accumulation set by the launcher": BadInput(
+        [], ("--gradient_accumulation_steps 4",), environment={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS.values(), ids=BAD_INPUTS.keys())
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is refused only without a GPU")
+def test_bad_input_is_refused_in_one_line(
+    case: BadInput, prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name, value in case.environment.items():
+        monkeypatch.setenv(name, value)
+    write_recipe(tmp_path / "recipe.yaml", Path("data"), **case.settings)
+    case.prepare(tmp_path)
+    before = tree(tmp_path)
+    assert command("--config", "recipe.yaml", "--output_dir", "run", *case.flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for words in case.named:
+        assert words in error
+    assert tree(tmp_path) == before
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_see_each_other_are_refused(
+    prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """Trap 9: the launcher started two, and each believes that it is alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 2
+    assert "started 2 processes, and this one sees 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_folder_of_another_run_is_left_alone(
+    finished: Finished, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    unfinished, foreign = tmp_path / "unfinished", tmp_path / "foreign"
+    shutil.copytree(finished.folder, unfinished)
+    (unfinished / "train_results.json").unlink()
+    _write(foreign / "notes.txt", "mine")
+    recipe = write_recipe(tmp_path / "recipe.yaml", finished.data_dir)
+    for folder, state in ((finished.folder, "a finished run"), (unfinished, "a run"), (foreign, "other files")):
+        before = tree(folder)
+        assert command("--config", recipe, "--output_dir", folder) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {folder} holds ")
+        assert state in error
+        assert "--resume_from_checkpoint last" in error
+        assert tree(folder) == before
+
+
+def test_training_ends_the_processes_on_every_path(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 8."""
+    ended = []
+    monkeypatch.setattr(train.Accelerator, "end_training", lambda accelerator: ended.append(accelerator))
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
+    assert command("--config", recipe, "--output_dir", tmp_path / "done") == 0
+    assert command("--config", recipe, "--output_dir", tmp_path / "done") == 2
+    with pytest.raises(Stopped):
+        stop_at(monkeypatch, "train_step", 0)
+        command("--config", recipe, "--output_dir", tmp_path / "broken")
+    assert len(ended) == 3
+
+
+def test_loss_that_is_not_finite_fails_and_names_the_last_good_state(
+    prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    original = train.forward
+
+    def forward(run: Run, batch: train.Batch) -> tuple[torch.Tensor, ...]:
+        logits_BTV, frame_lengths_B, loss_B = original(run, batch)
+        return logits_BTV, frame_lengths_B, loss_B * (float("nan") if run.state.step == 3 else 1.0)
+
+    monkeypatch.setattr(train, "forward", forward)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("failed: training loss nan at step 4")
+    assert "checkpoints" in error
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+# --- The demo ------------------------------------------------------------------------------------------------------
+
+
+def test_demo_in_small_runs_from_nothing(
+    tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Corpus, shards, a few updates, results: configs/demo.yaml with less of everything."""
+    small = corpora.DemoCorpus(num_train_clips=24, num_dev_clips=6, num_test_strings=4)
+    make = corpora.make_demo_corpus
+    monkeypatch.setattr("prepare.make_demo_corpus", lambda folder: make(folder, small))
+    monkeypatch.setattr("prepare._num_workers", lambda _: 1)
+    monkeypatch.setattr(train, "DEMO_CONFIG", tmp_path / "demo.yaml")
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
+    few = {"max_steps": 2, "logging_steps": 1, "dataloader_num_workers": 0}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(recipe | few))
+    assert command() == 0
+    screen = capsys.readouterr().out
+    assert "voices never heard" in screen
+    assert "use it: python -c" in screen
+    results = json.loads((tmp_path / "runs" / "demo" / "train_results.json").read_text())
+    assert results["train_samples"] == 24
+    assert {"test_wer", "test_wer_seen_speakers", "test_wer_unseen_speakers"} <= results.keys()
+
+    before = tree(tmp_path / "runs"), tree(tmp_path / "data")
+    assert command() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: runs/demo holds a finished run")
+    assert "--resume_from_checkpoint" in error
+    assert (tree(tmp_path / "runs"), tree(tmp_path / "data")) == before
+
+
+@pytest.mark.slow
+def test_demo_learns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`accelerate launch train.py` in a fresh checkout; the time is printed, since it is the machine's."""
+    for path in REPOSITORY.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    launch = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1", "train.py"]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "runs" / "demo" / "train_results.json").read_text())
+    log = read_log(tmp_path / "runs" / "demo" / "training_log.csv")
+    with capsys.disabled():
+        print(f"\ndemo: test WER {results['test_wer']:.2%}, {log['elapsed_seconds'].iloc[-1]:.0f} s of training")
+        print(done.stdout[-1200:])
+    assert results["test_wer_seen_speakers"] <= 0.05
+    before = tree(tmp_path / "runs"), tree(tmp_path / "data")
+    again = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert again.returncode != 0
+    assert "error: runs/demo holds a finished run" in again.stderr
+    assert (tree(tmp_path / "runs"), tree(tmp_path / "data")) == before
+
+
+# --- The real recipes, at full size --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("recipe", "architecture"), [("english_large", LARGE_960H), ("hausa_xlsr", XLS_R_300M)], ids=["english", "hausa"]
+)
+def test_recipe_takes_the_published_architecture(
+    recipe: str, architecture: Architecture, file_format: str, tmp_path: Path
+) -> None:
+    """Three updates of 315 million parameters, from a checkpoint with the files and keys of the published one."""
+    write_published_like_checkpoint(tmp_path / "checkpoint", architecture, file_format)
+    rows = [row for row in make_rows(80, seed=5) if len(row[1]) >= 16_000][:17]
+    write_part(tmp_path / "data" / "train" / "part_1", rows[:16])
+    write_part(tmp_path / "data" / "dev" / "part_1", rows[16:])
+    try:
+        done = subprocess.run(
+            [
+                sys.executable, REPOSITORY / "train.py", "--config", REPOSITORY / "configs" / f"{recipe}.yaml",
+                "--model_name_or_path", "checkpoint", "--data_dir", "data", "--output_dir", "run",
+                "--train_fraction", "1", "--max_steps", "3", "--logging_steps", "1", "--save_total_limit", "1",
+            ],
+            cwd=tmp_path, capture_output=True, text=True, timeout=1800,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        _check_three_updates(tmp_path / "run", tmp_path / "checkpoint", recipe, done.stdout)
+    finally:
+        for folder in ("checkpoint", "run"):  # ten gigabytes
+            shutil.rmtree(tmp_path / folder, ignore_errors=True)
+
+
+def _check_three_updates(run_dir: Path, checkpoint: Path, recipe: str, screen: str) -> None:
+    log = read_log(run_dir / "training_log.csv").query("step > 0")
+    rates = {"english_large": [2e-5, 2e-5 * 2 / 3, 2e-5 / 3], "hausa_xlsr": [0, 5e-8, 1e-7]}[recipe]
+    assert log["step"].tolist() == [1, 2, 3]
+    assert log["learning_rate"].tolist() == pytest.approx(rates)
+    assert log[["train_loss", "grad_norm"]].notna().all(axis=None)
+    assert (log["grad_norm"] > 0).all()
+    trained = load_file(run_dir / "model" / "model.safetensors")
+    sizes = {name: value.numel() for name, value in trained.items()}
+    assert sum(sizes.values()) > 315e6
+    frozen = sum(count for name, count in sizes.items() if ".feature_extractor." in name)
+    assert f"{frozen:,} frozen" in screen.replace(f"{frozen + 1024:,} frozen", f"{frozen:,} frozen")
+    is_published_safetensors = (checkpoint / "model.safetensors").is_file()
+    start = (
+        load_file(checkpoint / "model.safetensors")
+        if is_published_safetensors
+        else torch.load(checkpoint / "pytorch_model.bin", weights_only=True, mmap=True)
+    )
+    convolution = "wav2vec2.feature_extractor.conv_layers.3.conv.weight"
+    projection = "wav2vec2.encoder.layers.7.attention.q_proj.weight"
+    assert torch.equal(trained[convolution], start[convolution])
+    assert not torch.equal(trained[projection], start[projection])
+    if recipe == "english_large":
+        assert "vocabulary: 32 tokens of the checkpoint's tokenizer" in screen
+        assert "head: new" not in screen
+        assert read_log(run_dir / "training_log.csv")["step"].tolist() == [0, 1, 2, 3]
+    else:
+        assert "built from the training text" in screen
+        assert "head: new" in screen
+        assert "codevectors" in screen or "quantizer" in screen
