@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, TypeVar
 
@@ -167,8 +168,10 @@ class ClipPool:
 
     def warm_up(self) -> None:
         """Start the processes now: their imports take 3 s that can pass beside other work."""
-        if self._executor is None:
-            self._stack.enter_context(without_main_module())
+        if self._executor is not None:
+            return
+        self._stack.enter_context(without_main_module())
+        with without_interrupts():
             self._executor = ProcessPoolExecutor(
                 self.num_workers, mp_context=_process_context(), initializer=_initialize_worker
             )
@@ -213,18 +216,35 @@ def without_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is over; processes started inside never see it, not even while they import.
+
+    For the main thread.
+    """
+    resource_tracker.ensure_running()  # it would let signals through again when it starts
+    held_back = []
+    handler = signal.signal(signal.SIGINT, lambda *_: held_back.append(True))
+    # Handlers end with exec, a mask is inherited; and other threads of this process do not have the mask.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held_back:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _process_context() -> multiprocessing.context.BaseContext:
     # Never fork: the caller may hold threads (torch, pyarrow). A fork server is as safe and imports torch only once.
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["soundfile", "torchaudio.transforms"])
     return context
 
 
 def _initialize_worker() -> None:
-    # Ctrl-C is the parent's business; a worker must not outlive it, however it dies.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker must not outlive its parent, however that dies.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     # The MP3 decoder writes several lines about every damaged file; what matters comes back as an error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and checkpoints that are verified before they are trusted.
+"""Checkpoints that are whole or absent, and verified before they are trusted.
 
 A checkpoint is a folder of the run directory:
 
@@ -10,90 +10,26 @@ No file is a pickle (promise 7). Only the main process writes, prunes, mends and
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from atomic import ASIDE, UNFINISHED, check_free_space, recover_folder, replace_folder, reporting_disk_errors
 from errors import RunFailed, UsageError
 
 SCHEMA_VERSION = 1
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
-# Left over by a process that was killed; the next save or swap clears them away.
-UNFINISHED, ASIDE = ".unfinished", ".aside"
-# What a save may need beyond its tensors: JSON, the log, the plot.
-SPARE_BYTES = 16 * 2**20
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 State = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
-
-
-def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], None]) -> None:
-    """Write a file so that `path` holds the old content or all of the new one, whatever happens.
-
-    Args:
-        path: its folder must exist.
-        content: bytes, text (UTF-8) or a function that writes into the open binary file.
-
-    Raises:
-        RunFailed: disk full or not writable, naming path and space; `path` is as it was.
-    """
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with reporting_disk_errors(path):
-        try:
-            with unfinished.open("wb") as file:
-                if callable(content):
-                    content(file)
-                else:
-                    file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put the folder `new`, made durable first, in the place of `target`, which may hold an older one.
-
-    Renaming onto a folder that is not empty fails (trap 33), so the older one steps aside for a moment;
-    `recover_folder(target)` mends a kill in that moment.
-    """
-    aside = target.with_name(target.name + ASIDE)
-    with reporting_disk_errors(target):
-        for path in [*new.rglob("*"), new]:
-            _sync_folder(path) if path.is_dir() else _sync_file(path)
-        recover_folder(target)
-        if target.exists():
-            target.rename(aside)
-        new.rename(target)
-        _sync_folder(target.parent)
-        if aside.exists():
-            shutil.rmtree(aside)
-
-
-def recover_folder(target: Path) -> None:
-    """Undo a `replace_folder` that was killed half-way: the older folder returns when no newer one is in place."""
-    aside = target.with_name(target.name + ASIDE)
-    if not aside.exists():
-        return
-    if target.exists():
-        shutil.rmtree(aside)
-    else:
-        aside.rename(target)
-        _sync_folder(target.parent)
 
 
 def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, torch.Tensor], state: State) -> Path:
@@ -275,45 +211,6 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
-def check_free_space(folder: Path, num_bytes: int) -> None:
-    """Refuse to begin what cannot be finished.
-
-    Raises:
-        RunFailed: less than `num_bytes` and a small reserve are free.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes + SPARE_BYTES:
-        raise RunFailed(_disk_full(folder, num_bytes + SPARE_BYTES, free))
-
-
-@contextlib.contextmanager
-def reporting_disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Turn a failed write into `RunFailed` with the path, the space needed (where known) and the space free."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors reports the operating system's errors as text only.
-        number = getattr(error, "errno", None) or int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
-        if number in DISK_FULL:
-            folder = next(folder for folder in path.parents if folder.exists())
-            raise RunFailed(_disk_full(path, num_bytes, shutil.disk_usage(folder).free)) from error
-        raise RunFailed(f"{path} cannot be written: {os.strerror(number) if number else error}") from error
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Bytes in the largest decimal unit that leaves at least 1."""
-    for unit in ("bytes", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} GB"
-
-
-def _disk_full(path: Path, needed: int | None, free: int) -> str:
-    need = f"{format_bytes(needed)} needed, " if needed is not None else ""
-    return f"disk full at {path}: {need}{format_bytes(free)} free; make room and resume"
-
-
 def _check_named(run_dir: Path, which: str) -> Path:
     folder = Path(which) if Path(which).is_dir() else run_dir / "checkpoints" / which
     if folder.resolve() not in [known.resolve() for known in list_checkpoints(run_dir)]:
@@ -371,16 +268,3 @@ def _remove_folder(folder: Path) -> None:
 def _remove_leftovers(checkpoints: Path) -> None:
     for unfinished in checkpoints.glob(f"step_*{UNFINISHED}"):
         shutil.rmtree(unfinished)
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

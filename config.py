@@ -28,6 +28,8 @@ Config = TypeVar("Config")
 SEED_LIMIT = 2**32
 # The English seed's list, field-notes section 4.
 DEFAULT_CHARACTERS_TO_IGNORE = ',?.!-;:"'
+# A flag that says otherwise than the YAML file under another name.
+REPLACES = {"model_name_or_path": "model_config"}
 OLDER_NAMES = {
     "evaluation_steps": "eval_steps",
     "batch_size": "per_device_train_batch_size",
@@ -95,7 +97,8 @@ class TrainConfig:
     output_dir: str = ""
     """Run directory: checkpoints, log, plot and model."""
     model_name_or_path: str | None = None
-    """Pre-trained model: a name on the Hugging Face hub or a folder."""
+    """Pre-trained model: a name on the Hugging Face hub or a folder; as a flag it replaces a YAML file's
+    model_config."""
     model_config: dict[str, Any] | None = None
     """YAML only: a Hugging Face model configuration with `model_type`, to train from random weights."""
     model_overrides: dict[str, Any] | None = None
@@ -231,6 +234,9 @@ def parse_arguments(config_class: type[Config], arguments: list[str], descriptio
     if not errors and unknown:
         errors = [f"{unknown[0]!r} belongs to no flag"]
     values, yaml_errors = _read_yaml(config_path, known) if config_path else ({}, [])
+    for name, replaced in REPLACES.items():
+        if name in flags:
+            values.pop(replaced, None)
     config, value_errors = _build_config(config_class, {**values, **flags})
     errors += yaml_errors + list(value_errors.values())
     if values or not yaml_errors:  # An unreadable file leaves out what it would have given.
@@ -384,7 +390,8 @@ def _convert_scalar(value: Any, kind: type) -> Any:
 
 
 def _without_none(kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):
+    # `Literal[...] | None` is a typing.Union, `int | None` a types.UnionType.
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return next(member for member in typing.get_args(kind) if member is not type(None))
     return kind
 

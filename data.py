@@ -21,13 +21,13 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from audio import SAMPLE_RATE_HZ
 from errors import UsageError
 from model import draw_masks, num_frames
+from shards import SCHEMA_VERSION
 from text import TextNormalizer, Vocabulary
 
-SAMPLE_RATE_HZ = 16_000
 INT16_SCALE = 1 / 32_768
-SCHEMA_VERSION = 1
 # Length-sorted inside windows of this many updates: padding of 2 to 3 %, and a new partition every epoch.
 UPDATES_PER_BUCKET = 64
 # Same constant as transformers' Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm.

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 from collections.abc import Callable
 
 STATUS_DONE = 0
@@ -35,11 +36,27 @@ def exit_status(command: Callable[[], None]) -> int:
         print(f"failed: {error}" if rank == "0" else f"[rank {rank}] failed: {error}", file=sys.stderr)
         return STATUS_FAILED
     except KeyboardInterrupt:
-        if _is_first_of_machine():
-            print("interrupted", file=sys.stderr)
+        _say_interrupted()
         return STATUS_INTERRUPTED
     return STATUS_DONE
 
 
+def _say_interrupted() -> None:
+    if _is_first_of_machine():
+        print("interrupted", file=sys.stderr)
+
+
 def _is_first_of_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _show_uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        _say_interrupted()
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Commands import this module first: Ctrl-C during their other imports, which take seconds, is one line too. Python then
+# ends by the signal, which a shell shows as 130.
+sys.excepthook = _show_uncaught

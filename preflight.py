@@ -5,7 +5,7 @@ Every utterance left out of training has its reason in `Selection.dropped`; dev 
 
 import csv
 import io
-import shutil
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import write_atomically
+from atomic import free_bytes, nearest_existing, write_atomically
+from audio import SAMPLE_RATE_HZ
 from config import TrainConfig
-from data import SAMPLE_RATE_HZ, ShardDataset
+from data import ShardDataset
 from errors import UsageError
 from model import num_frames
 from text import Coverage, TextNormalizer, Vocabulary, measure_coverage, required_frames
@@ -118,7 +119,7 @@ def write_drop_list(path: Path, dataset: ShardDataset, selection: Selection) -> 
     for row, utterance_id in enumerate(dataset.column("id")):
         if row in wanted:
             table.writerow((dataset.folder.name, utterance_id, *wanted[row]))
-    write_atomically(path, lines.getvalue().encode())
+    write_atomically(path, lines.getvalue())
 
 
 def check_coverage(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> str:
@@ -130,13 +131,18 @@ def check_coverage(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary
     coverage = _measure(dataset, normalizer, vocabulary)
     known = f"{1 - coverage.unknown_fraction:.2%}"
     if coverage.unknown_fraction <= MAX_UNKNOWN_FRACTION:
-        named = ", ".join(f"{character!r} {count}" for character, count in coverage.unknown.most_common(8))
+        named = ", ".join(f"{character!r} {count}" for character, count in _commonest(coverage.unknown)[:8])
         return f"{known} of {coverage.characters} characters known" + (f"; unknown: {named}" if named else "")
-    named = " ".join(character for character, _ in coverage.unknown.most_common(12))
+    named = " ".join(character for character, _ in _commonest(coverage.unknown)[:12])
     raise UsageError(
         f"the vocabulary knows {known} of the training characters, at least {1 - MAX_UNKNOWN_FRACTION:.1%} is needed; "
         f"unknown: {named}; {_coverage_remedy(dataset, normalizer, vocabulary, coverage.unknown)}"
     )
+
+
+def _commonest(unknown: Counter[str]) -> list[tuple[str, int]]:
+    """By count, then by code point: `most_common` leaves ties in an order that changes from run to run."""
+    return sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _measure(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> Coverage:
@@ -200,9 +206,12 @@ def show_utterances(
 
 
 def check_disk(folder: Path, needed_bytes: int) -> str:
-    """Refuse a disk that cannot hold the run's checkpoints; returns a line for the screen."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    """Refuse a place that cannot be written or cannot hold the run's checkpoints; returns a line for the screen."""
+    existing = nearest_existing(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        state = "cannot be written to" if existing.is_dir() else "is a file"
+        raise UsageError(f"{existing} {state}: choose another --output_dir than {folder}")
+    free = free_bytes(existing)
     if free < needed_bytes:
         raise UsageError(
             f"{existing} has {free / 1e9:.1f} GB free, the run needs {needed_bytes / 1e9:.1f} GB: "

@@ -8,6 +8,10 @@ Writes DATA_DIR/{train,dev,test}/part_1, part_2, ... (audio once, as 16 kHz int1
 reason for every row left out. Started again, it goes on where it was stopped.
 """
 
+from errors import RunFailed, UsageError, exit_status
+
+# isort: split
+
 import contextlib
 import csv
 import fcntl
@@ -17,30 +21,27 @@ import io
 import itertools
 import json
 import os
-import shutil
 import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from atomic import free_bytes, sync_open_file, write_atomically
 from audio import RESAMPLING, SAMPLE_RATE_HZ, Clip, ClipError, ClipPool, ClipRequest
 from config import PrepareConfig, parse_arguments
-from corpora import DROP_REASONS, SPLITS, AudioLocator, Corpus, SourceRow, make_demo_corpus, open_corpus
-from errors import RunFailed, UsageError, exit_status
+from corpora import DROP_REASONS, SPLITS, AudioLocator, Corpus, SourceRow, open_corpus
+from demo import make_demo_corpus
 from progress import Progress
+from shards import SCHEMA_VERSION, PartWriter, new_part, part_folders, remove_unfinished_parts
 from splits import SplitPlan, plan_splits, stable_hash
 
-SCHEMA_VERSION = 1
-# A record batch is what the writer holds in memory: 16 MB of audio.
-MAX_BATCH_ROWS = 128
-MAX_BATCH_SAMPLES = 8_000_000
 PROBED_CLIPS = 200
 MAX_METADATA_COLUMNS = 200
 # Of the estimated size: clips differ, and a full disk costs more than this much room.
@@ -92,7 +93,7 @@ def prepare(config: PrepareConfig) -> None:
                 job.write_parts(out, pool, missing_rows)
             _write_dropped(out)
             facts = {"schema_version": SCHEMA_VERSION, "settings": job.settings, "versions": _versions()}
-            _write_text(out / "prepare.json", json.dumps(facts | {"splits": _split_facts(out)}, indent=1))
+            write_atomically(out / "prepare.json", json.dumps(facts | {"splits": _split_facts(out)}, indent=1))
     print(_summary(out), flush=True)
 
 
@@ -202,30 +203,22 @@ class _Job:
         fingerprint: "hashlib._Hash",
         progress: Progress,
     ) -> None:
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        temporary.mkdir(parents=True)
-        try:
-            with (temporary / "data.arrow").open("wb") as file:
+        with new_part(folder) as unfinished:
+            with (unfinished / "data.arrow").open("wb") as file:
                 facts = self._write_rows(file, results, progress)
-                _flush_to_disk(file)
+                sync_open_file(file)
             facts |= {
                 "schema_version": SCHEMA_VERSION,
                 "source_fingerprint": fingerprint.hexdigest(),
                 "settings_fingerprint": _fingerprint(self.settings),
                 "settings": self.settings,
             }
-            _write_text(temporary / "part.json", json.dumps(facts, indent=1, ensure_ascii=False))
-            temporary.rename(folder)
-        except BaseException:
-            # A full disk gets its room back; what SIGKILL leaves is removed by the next run.
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        _sync_folder(folder.parent)
+            write_atomically(unfinished / "part.json", json.dumps(facts, indent=1, ensure_ascii=False))
 
     def _write_rows(
         self, file: io.BufferedWriter, results: Iterator[tuple["_Judged", _Outcome]], progress: Progress
     ) -> dict:
-        writer, dropped, source_rows = _PartWriter(file, self.scan.metadata_columns), [], 0
+        writer, dropped, source_rows = PartWriter(file, self.scan.metadata_columns), [], 0
         for judged, result in results:
             source_rows += 1
             error = judged.error or (result if isinstance(result, ClipError) else None)
@@ -291,103 +284,6 @@ class _Judged:
     error: ClipError | None
 
 
-class _PartWriter:
-    """Writes data.arrow batch by batch, hashing as it goes."""
-
-    def __init__(self, file: io.BufferedWriter, metadata_columns: list[str]) -> None:
-        self._metadata_columns = metadata_columns
-        self._sink = _HashingFile(file)
-        self._schema = _schema(metadata_columns)
-        self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
-        self._batch: list[tuple[SourceRow, Clip]] = []
-        self._batch_samples = self._rows = self._samples = 0
-
-    def add(self, row: SourceRow, clip: Clip) -> None:
-        self._batch.append((row, clip))
-        self._batch_samples += len(clip.samples)
-        if len(self._batch) == MAX_BATCH_ROWS or self._batch_samples >= MAX_BATCH_SAMPLES:
-            self._write_batch()
-
-    def finish(self) -> dict:
-        """Write what is left and the footer; the facts of the file."""
-        self._write_batch()
-        self._writer.close()
-        return {
-            "rows": self._rows,
-            "seconds": self._samples / SAMPLE_RATE_HZ,
-            "data_bytes": self._sink.num_bytes,
-            "sha256": self._sink.sha256.hexdigest(),
-        }
-
-    def _write_batch(self) -> None:
-        if not self._batch:
-            return
-        rows, clips = zip(*self._batch, strict=True)
-        lengths = np.array([len(clip.samples) for clip in clips], np.int64)
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
-        samples = pa.array(np.concatenate([clip.samples for clip in clips]), pa.int16())
-        columns = [
-            pa.array([row.id for row in rows], pa.string()),
-            pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), samples),
-            pa.array(lengths, pa.int32()),
-            pa.array([row.text for row in rows], pa.string()),
-            pa.array([row.speaker for row in rows], pa.string()),
-            pa.array([clip.peak for clip in clips], pa.float32()),
-            pa.array([clip.silence_fraction for clip in clips], pa.float32()),
-            pa.array([clip.bandwidth_hz for clip in clips], pa.float32()),
-            pa.array([clip.source_rate_hz for clip in clips], pa.int32()),
-            pa.array([clip.audio_sha256 for clip in clips], pa.string()),
-            *(pa.array([row.metadata.get(name, "") for row in rows], pa.string()) for name in self._metadata_columns),
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._rows += len(rows)
-        self._samples += self._batch_samples
-        self._batch, self._batch_samples = [], 0
-
-
-class _HashingFile:
-    """The few methods that Arrow calls on a Python file; hashes and counts what passes."""
-
-    closed = False
-
-    def __init__(self, file: io.BufferedWriter) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.num_bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.num_bytes += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.num_bytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        """The caller closes the file, after it has reached the disk."""
-
-
-def _schema(metadata_columns: list[str]) -> pa.Schema:
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("audio", pa.large_list(pa.int16())),
-            ("num_samples", pa.int32()),
-            ("text", pa.string()),
-            ("speaker", pa.string()),
-            ("peak", pa.float32()),
-            ("silence_fraction", pa.float32()),
-            ("bandwidth_hz", pa.float32()),
-            ("source_rate_hz", pa.int32()),
-            ("audio_sha256", pa.string()),
-            *((name, pa.string()) for name in metadata_columns),
-        ]
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the first clip
 
@@ -451,8 +347,7 @@ def _refuse_foreign_folder(out: Path) -> None:
 
 
 def _check_disk(out: Path, bytes_needed: float) -> None:
-    existing = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(out)
     if bytes_needed > free:
         raise UsageError(
             f"--data_dir {out} needs about {bytes_needed / 1e9:.1f} GB (estimated from the first clips), "
@@ -489,8 +384,7 @@ def _output_folder(out: Path) -> Iterator[None]:
             raise UsageError(f"another prepare.py is writing to {out}: wait for it, or name another folder") from None
         except OSError:
             print(f"note: {out} is on a file system without locks: run one prepare.py at a time", flush=True)
-        for leftover in out.glob("*/.part_*.tmp"):
-            shutil.rmtree(leftover)
+        remove_unfinished_parts(out)
         yield
     except OSError as error:
         raise RunFailed(
@@ -519,44 +413,18 @@ def _read_json(path: Path) -> dict:
         ) from None
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        _flush_to_disk(file)
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _flush_to_disk(file: io.IOBase) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _part_folders(out: Path, split: str) -> list[Path]:
-    return sorted((out / split).glob("part_*"), key=lambda folder: int(folder.name.removeprefix("part_")))
-
-
 def _write_dropped(out: Path) -> None:
-    temporary = out / ".dropped.csv.tmp"
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+    def write_rows(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        writer = csv.writer(text)
         writer.writerow(("split", "id", "reason", "detail"))
         for split in SPLITS:
-            for folder in _part_folders(out, split):
+            for folder in part_folders(out, split):
                 for entry in _read_json(folder / "part.json")["dropped"]:
                     writer.writerow((split, entry["id"], entry["reason"], entry["detail"]))
-        _flush_to_disk(file)
-    temporary.replace(out / "dropped.csv")
-    _sync_folder(out)
+        text.detach()  # flushes, and leaves the file open
+
+    write_atomically(out / "dropped.csv", write_rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -570,7 +438,7 @@ def _versions() -> dict[str, str]:
 def _split_facts(out: Path) -> dict[str, dict]:
     facts = {}
     for split in SPLITS:
-        parts = [_read_json(folder / "part.json") for folder in _part_folders(out, split)]
+        parts = [_read_json(folder / "part.json") for folder in part_folders(out, split)]
         reasons = Counter(entry["reason"] for part in parts for entry in part["dropped"])
         facts[split] = {
             "parts": len(parts),
@@ -605,7 +473,7 @@ def _durations_and_speakers(out: Path, split: str) -> tuple[np.ndarray, int]:
     edges = np.array([*DURATION_EDGES_SECONDS, np.inf]) * SAMPLE_RATE_HZ
     histogram = np.zeros(len(DURATION_EDGES_SECONDS), np.int64)
     speakers: set[str] = set()
-    for folder in _part_folders(out, split):
+    for folder in part_folders(out, split):
         with pa.memory_map(str(folder / "data.arrow")) as source:
             reader = pa.ipc.open_file(source)
             for position in range(reader.num_record_batches):

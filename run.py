@@ -18,11 +18,14 @@ from safetensors.torch import load_file
 import checkpoint
 import preflight
 import runlog
+from atomic import recover_folder, replace_folder, write_atomically
+from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
-from data import SAMPLE_RATE_HZ, BatchPlan, Collator, CutSettings, ShardDataset, Update
+from data import BatchPlan, Collator, CutSettings, ShardDataset, Update
 from errors import RunFailed, UsageError
 from metrics import Score
-from model import load_model, optimizer_groups, parameter_counts, save_model
+from model import optimizer_groups, parameter_counts
+from pretrained import load_model, save_model
 from processes import SharedGradients, describe_processes
 from progress import Progress
 from schedule import learning_rate_at
@@ -223,16 +226,29 @@ class Run:
 
     def _read_checkpoint(self) -> None:
         """The state of the checkpoint to resume from, when it belongs to this data and vocabulary."""
-        self.checkpoint = checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint)
+        self.checkpoint = self._find_checkpoint()
         saved = RunState(**checkpoint.load_state(self.checkpoint)["run"])
         for name, meaning in (("data_fingerprint", "training data"), ("vocabulary", "vocabulary")):
             if getattr(saved, name) != getattr(self.state, name):
                 raise UsageError(f"{self.checkpoint} was made with another {meaning}: choose another --output_dir")
         self.state = saved
 
+    def _find_checkpoint(self) -> Path:
+        """The first rank mends an interrupted swap and says what it skips, before the others look."""
+        if not self.is_main:
+            self.accelerator.wait_for_everyone()
+        try:
+            report = print if self.is_main else lambda _: None
+            return checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint, report)
+        finally:
+            if self.is_main:
+                self.accelerator.wait_for_everyone()
+
     def _resume(self) -> None:
         """Weights, optimizer and scaler of the checkpoint; the log is cut back to its length."""
-        if self.state.step >= self.total_steps:
+        # Without results the run was stopped behind its last update, and only the end is still to do.
+        has_results = (self.folder / "train_results.json").is_file()
+        if self.state.step > self.total_steps or (self.state.step == self.total_steps and has_results):
             raise UsageError(
                 f"{self.folder} is finished (step {self.state.step} of {self.total_steps}): use model/, "
                 "or train into another --output_dir"
@@ -245,7 +261,7 @@ class Run:
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.is_main:
-            checkpoint.recover_folder(self.folder / "model")
+            recover_folder(self.folder / "model")
             self._open_tables()
             self.log.truncate(self.state.log_bytes)
             self.samples.truncate(self.state.sample_bytes)
@@ -402,13 +418,13 @@ class Run:
         save_model(self.loaded, temporary)
         rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
         (temporary / "text_rules.json").write_text(json.dumps(rules, ensure_ascii=False, indent=1), encoding="utf-8")
-        checkpoint.replace_folder(temporary, self.folder / "model")
+        replace_folder(temporary, self.folder / "model")
 
     def _elapsed_seconds(self) -> float:
         return self.state.elapsed_seconds + time.monotonic() - self._started_at
 
     def _write(self, name: str, text: str) -> None:
-        checkpoint.write_atomically(self.folder / name, text.encode())
+        write_atomically(self.folder / name, text)
 
 
 def evaluation_values(score: Score) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import reporting_disk_errors, write_atomically
+from atomic import reporting_disk_errors, write_atomically
 from errors import UsageError
 
 if TYPE_CHECKING:

@@ -7,6 +7,10 @@ Debugging, without the launcher:   python train.py --config ... --max_train_samp
                                    --dataloader_num_workers 0
 """
 
+from errors import exit_status
+
+# isort: split
+
 import itertools
 import sys
 import time
@@ -16,9 +20,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from audio import SAMPLE_RATE_HZ
 from config import PrepareConfig, TrainConfig, parse_arguments
-from data import SAMPLE_RATE_HZ, Batch, CutSettings, ShardDataset, Update, evaluation_loader, training_loader
-from errors import exit_status
+from data import Batch, CutSettings, ShardDataset, Update, evaluation_loader, training_loader
 from metrics import Score, score_batch
 from model import ctc_loss_sum
 from processes import start_processes

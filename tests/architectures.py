@@ -1,4 +1,5 @@
-"""The two architectures that the project's recipes start from, and checkpoints that look like the published ones.
+"""The two architectures that the project's recipes start from, checkpoints that look like the published ones, and
+tiny models of every family.
 
 Weights are random. Fields and files follow facebook/wav2vec2-large-960h and facebook/wav2vec2-xls-r-300m.
 """
@@ -10,8 +11,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import MODEL_FOR_CTC_MAPPING, Wav2Vec2Config, Wav2Vec2ForCTC
 
+from model import CTCModel
+from pretrained import LoadedModel, load_model
 from text import LARGE_960H_VOCABULARY
 
 COMMON = {
@@ -187,3 +190,67 @@ def _published_tensors(architecture: Architecture, weight_norm: str) -> dict[str
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": [16, 16, 16],
+    "conv_kernel": [10, 3, 2],
+    "conv_stride": [5, 2, 2],
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+STILL = dict.fromkeys(
+    ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop"),
+    0.0,
+)
+GROUP = {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
+LAYER = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields of TrainConfig that load_model reads."""
+
+    model_name_or_path: str | None = None
+    model_config: dict[str, Any] | None = None
+    model_overrides: dict[str, Any] | None = None
+    vocabulary: str = "auto"
+    characters_to_ignore: str = ",.?"
+    case: str = "auto"
+    freeze_feature_encoder: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 7
+
+
+def no_texts() -> list[str]:
+    raise AssertionError("the training text is not needed")
+
+
+def tiny(fields: dict[str, Any], **settings: Any) -> LoadedModel:
+    settings.setdefault("vocabulary", "large_960h")
+    loaded = load_model(Settings(model_config={**TINY, **STILL, **fields}, **settings), no_texts)
+    for module in loaded.model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):  # As after pre-training: it shifts zeros.
+            module.running_mean.fill_(0.5)
+    return loaded
+
+
+def plain_transformers(ours: CTCModel) -> torch.nn.Module:
+    """The same weights in a model of transformers that this project never touched."""
+    theirs = MODEL_FOR_CTC_MAPPING[type(ours.hf.config)](ours.hf.config)
+    theirs.load_state_dict(ours.hf.state_dict())
+    return theirs.to(next(ours.parameters()).dtype).train(ours.training)
+
+
+def waves(lengths: list[int], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(length, generator=generator).to(dtype) for length in lengths]
+
+
+def pad(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,18 @@ def prepared(tmp_path: Path) -> Path:
     write_part(tmp_path / "data" / "dev" / "part_1", make_rows(5, seed=2))
     write_part(tmp_path / "data" / "test" / "part_1", make_rows(4, seed=3, speakers=("ann", "cem")))
     return tmp_path / "data"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 20 MiB; skips where it cannot be mounted."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

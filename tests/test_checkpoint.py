@@ -5,12 +5,12 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import atomic
 import checkpoint
 from checkpoint import (
     find_checkpoint,
@@ -20,11 +20,8 @@ from checkpoint import (
     load_state,
     optimizer_tensors,
     prune_checkpoints,
-    recover_folder,
-    replace_folder,
     restore_optimizer,
     save_checkpoint,
-    write_atomically,
 )
 from errors import RunFailed, UsageError
 
@@ -37,23 +34,8 @@ TENSORS = {
 }
 
 
-class Killed(BaseException):
-    """Ends a call where a kill would."""
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    folder = tmp_path / "small_disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -161,62 +143,14 @@ def test_leftovers_of_a_killed_save_are_no_checkpoints(tmp_path: Path) -> None:
     assert names(tmp_path / "checkpoints") == ["step_000100", "step_000300"]
 
 
-@pytest.mark.parametrize("renames_before_the_kill", [0, 1, 2])
-def test_interrupted_swap_of_a_folder_is_mended(tmp_path: Path, monkeypatch, renames_before_the_kill: int) -> None:
-    new, target = tmp_path / "new", tmp_path / "model"
-    for folder in (new, target):
-        folder.mkdir()
-        (folder / "file").write_text(folder.name)
-    calls, rename = [], Path.rename
-
-    def rename_until_killed(self: Path, other: Path) -> Path:
-        if len(calls) == renames_before_the_kill:
-            raise Killed
-        calls.append(other)
-        return rename(self, other)
-
-    def remove_never(path: Path) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Path, "rename", rename_until_killed)
-        patch.setattr(checkpoint.shutil, "rmtree", remove_never)
-        replace_folder(new, target)
-    recover_folder(target)
-    assert (target / "file").read_text() == ("new" if renames_before_the_kill == 2 else "model")
-    assert "model.aside" not in names(tmp_path)
-    if new.exists():
-        replace_folder(new, target)
-    assert (target / "file").read_text() == "new"
-    assert names(tmp_path) == ["model"]
-
-
 def test_killed_replacement_of_a_checkpoint_is_mended_by_find(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 100, TENSORS, {})
     folder.rename(folder.with_name("step_000100.aside"))
     assert find_checkpoint(tmp_path, "last") == folder
 
 
-def test_failed_atomic_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file.json"
-    write_atomically(path, "old ọ")
-
-    def write_half(file) -> None:
-        file.write(b"ne")
-        raise Killed
-
-    with pytest.raises(Killed):
-        write_atomically(path, write_half)
-    assert path.read_text(encoding="utf-8") == "old ọ"
-    assert names(tmp_path) == ["file.json"]
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    with pytest.raises(RunFailed, match=r"missing.*cannot be written: No such file"):
-        write_atomically(tmp_path / "missing" / "file", b"")
-
-
 def test_full_disk_names_path_and_space_and_keeps_what_was(small_disk: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint, "SPARE_BYTES", 0)
+    monkeypatch.setattr(atomic, "SPARE_BYTES", 0)
     folder = save_checkpoint(small_disk, 100, {"weight": torch.zeros(2_000_000)}, {})
     with pytest.raises(RunFailed, match=r"disk full at .*checkpoints: 16.0 MB needed, 1\d\.\d MB free"):
         save_checkpoint(small_disk, 200, {"weight": torch.zeros(4_000_000)}, {})
@@ -224,15 +158,13 @@ def test_full_disk_names_path_and_space_and_keeps_what_was(small_disk: Path, mon
     monkeypatch.setattr(checkpoint, "check_free_space", lambda folder, num_bytes: None)
     with pytest.raises(RunFailed, match=r"disk full at .*step_000200: 16.0 MB needed"):
         save_checkpoint(small_disk, 200, {"weight": torch.zeros(4_000_000)}, {})
-    with pytest.raises(RunFailed, match=r"disk full at .*plot.png"):
-        write_atomically(small_disk / "plot.png", bytes(16_000_000))
     assert names(small_disk) == ["checkpoints"]
     assert names(small_disk / "checkpoints") == ["step_000100"]
     assert find_checkpoint(small_disk, "last") == folder
 
 
 def test_reserve_is_checked_before_a_save(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(RunFailed, match=r"1\.0 kB free"):
         save_checkpoint(tmp_path, 1, TENSORS, {})
     assert names(tmp_path / "checkpoints") == []

@@ -1,5 +1,6 @@
 """Exit statuses, and which process of a run says why it ended."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -105,3 +106,27 @@ def test_signals_end_a_command_without_a_traceback(number: signal.Signals, statu
         _, complaint = process.communicate(timeout=30)
     assert process.returncode == status
     assert "Traceback" not in complaint
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "complaint"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT, "interrupted\n"),
+        ("raise ZeroDivisionError('ours')", 1, "ZeroDivisionError: ours\n"),
+    ],
+)
+def test_interrupt_while_a_command_imports(line: str, status: int, complaint: str) -> None:
+    """A process that SIGINT ended shows as 130 in a shell."""
+    program = f"import errors; import os, signal; {line}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stderr.splitlines(keepends=True)[-1] == complaint
+    assert ("Traceback" in done.stderr) == (status == 1)
+
+
+@pytest.mark.parametrize("command", ["prepare.py", "train.py"])
+def test_commands_import_errors_first(command: str) -> None:
+    body = ast.parse((REPOSITORY / command).read_text(encoding="utf-8")).body
+    first = next(statement for statement in body if isinstance(statement, ast.Import | ast.ImportFrom))
+    assert isinstance(first, ast.ImportFrom)
+    assert first.module == "errors"

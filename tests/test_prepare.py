@@ -16,6 +16,7 @@ import pytest
 import soundfile
 
 import prepare as prepare_module
+import shards
 from audio import ClipRequest, read_clip
 from config import PrepareConfig
 from corpora import DROP_REASONS, OWN_COLUMNS
@@ -107,8 +108,8 @@ def test_schema_and_zero_copy(tmp_path):
 
 
 def test_record_batches_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "MAX_BATCH_ROWS", 4)
-    monkeypatch.setattr(prepare_module, "MAX_BATCH_SAMPLES", 1_200)
+    monkeypatch.setattr(shards, "MAX_BATCH_ROWS", 4)
+    monkeypatch.setattr(shards, "MAX_BATCH_SAMPLES", 1_200)
     run(write_corpus(tmp_path / "corpus", {"train": 9}), tmp_path / "out")
     with pa.memory_map(str(tmp_path / "out/train/part_1/data.arrow")) as source:
         reader = pa.ipc.open_file(source)
@@ -192,15 +193,15 @@ def test_workers_do_not_change_a_byte(tmp_path):
 
 
 KILLED_AT = """
-import os, signal, sys, prepare
-seen, add = 0, prepare._PartWriter.add
+import os, signal, sys, prepare, shards
+seen, add = 0, shards.PartWriter.add
 def kill_at(self, row, clip):
     global seen
     seen += 1
     if seen > int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
     add(self, row, clip)
-prepare._PartWriter.add = kill_at
+shards.PartWriter.add = kill_at
 prepare.prepare(prepare.PrepareConfig(corpus=sys.argv[1], data_dir=sys.argv[2], chunk_size=4, num_workers=1))
 """
 
@@ -315,7 +316,7 @@ def test_too_small_a_disk_is_said_before_the_start(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_leaves_finished_parts(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", {"train": 6})
-    write, calls = prepare_module._HashingFile.write, []
+    write, calls = shards._HashingFile.write, []
 
     def full_disk(self, data):
         calls.append(len(data))
@@ -323,7 +324,7 @@ def test_a_disk_that_fills_up_leaves_finished_parts(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write(self, data)
 
-    monkeypatch.setattr(prepare_module._HashingFile, "write", full_disk)
+    monkeypatch.setattr(shards._HashingFile, "write", full_disk)
     with pytest.raises(RunFailed, match="No space left on device; finished parts are kept"):
         run(corpus, tmp_path / "out", chunk_size=2)
     names = sorted(path.name for path in (tmp_path / "out/train").iterdir())

@@ -1,0 +1,496 @@
+"""Models from files and to files: a checkpoint or a configuration becomes a CTCModel with its processor and labels.
+
+Foreign files are data, never code: safetensors, or .bin through `weights_only=True`, and no class that they name.
+"""
+
+import contextlib
+import difflib
+import functools
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CTC_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Processor,
+)
+from transformers.utils import logging as transformers_logging
+
+from audio import SAMPLE_RATE_HZ
+from errors import UsageError
+from model import CTCModel
+from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer, build_vocabulary, resolve_case
+
+if TYPE_CHECKING:
+    from config import TrainConfig
+
+HUB_TIMEOUT_SECONDS = 10
+# Families that take waveforms and whose frame count follows from the convolutions alone.
+FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio", "wav2vec2-conformer")
+# Any other attention named by a config.json would be fetched from the Hub and run.
+ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")
+# What separates a pre-training checkpoint from a fine-tuned one (field-notes, trap 34). Anything else is refused.
+MISSING_ALLOWED = re.compile(r"(lm_head\.(weight|bias)|(\w+\.)?masked_spec_embed)$")
+UNEXPECTED_ALLOWED = re.compile(r"((quantizer|project_q|project_hid)\..+|(\w+\.)?masked_spec_embed)$")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZER_FILES = ("vocab.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+@dataclass
+class LoadedModel:
+    """A model with the processor and labels that belong to it."""
+
+    model: CTCModel
+    processor: Wav2Vec2Processor
+    vocabulary: Vocabulary
+    notes: list[str]
+    """What happened and must be said aloud: vocabulary, new head, missing and unexpected weights."""
+    head_fits: bool
+    """The head was trained for this very vocabulary, so the model can be scored before training."""
+
+
+def load_model(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
+    """Load a checkpoint, or build a model from `config.model_config` with random weights.
+
+    Args:
+        config: the settings of the run.
+        training_texts: gives the raw training transcripts; called only when the vocabulary is built from them.
+
+    Raises:
+        UsageError: for everything that is wrong with the checkpoint, the configuration or the vocabulary.
+    """
+    with _quiet_transformers():
+        if config.model_name_or_path is not None:
+            return _load_checkpoint(config, training_texts)
+        return _build_from_config(config, training_texts)
+
+
+def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
+    folder = _find_checkpoint_folder(config.model_name_or_path)
+    hf_config = _read_config(folder)
+    _override(hf_config, config.model_overrides or {}, "model_overrides")
+    _check_architecture(hf_config, folder)
+    has_weights = [name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not has_weights:
+        raise UsageError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} is needed")
+    tokenizer = _read_tokenizer(folder, hf_config.vocab_size, is_needed=config.vocabulary in ("auto", "model"))
+    labels, notes = _choose_vocabulary(config, tokenizer, training_texts)
+    same_labels = tokenizer is not None and labels == tokenizer.get_vocab()
+    tokenizer = tokenizer if same_labels else build_tokenizer(labels)
+
+    trained_outputs = hf_config.vocab_size
+    _set_vocabulary(hf_config, tokenizer, len(labels))
+    weights = _read_weights(folder, hf_config, has_weights[0], config.seed)
+    hf = weights.model
+    head_fits = same_labels and weights.has_head and trained_outputs == len(labels)
+    if not head_fits:
+        _draw_head(hf.lm_head, hf_config, config.seed)
+        old = (
+            f"the checkpoint's {trained_outputs} belong to another vocabulary" if weights.has_head else "there was none"
+        )
+        notes.append(f"head: new, {len(labels)} outputs; {old}")
+    notes += weights.notes()
+    feature_extractor, said = _read_feature_extractor(folder, hf_config)
+    return _assemble(config, hf, feature_extractor, tokenizer, notes + said, head_fits)
+
+
+def _build_from_config(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
+    fields = dict(config.model_config)
+    hf_config = CONFIG_MAPPING[_known_family(fields.pop("model_type", None), "model_config")]()
+    _override(hf_config, fields, "model_config")
+    _override(hf_config, config.model_overrides or {}, "model_overrides")
+    _check_architecture(hf_config, "model_config")
+    labels, notes = _choose_vocabulary(config, None, training_texts)
+    tokenizer = build_tokenizer(labels)
+    _set_vocabulary(hf_config, tokenizer, len(labels))
+    with _seeded(config.seed):
+        try:
+            hf = MODEL_FOR_CTC_MAPPING[type(hf_config)](hf_config)
+        except UNREADABLE as error:
+            raise UsageError(
+                f"model_config does not make a {hf_config.model_type} model: {_one_line(error)}"
+            ) from error
+    _draw_head(hf.lm_head, hf_config, config.seed)
+    notes.append(f"model: {hf_config.model_type} with random weights")
+    feature_extractor, _ = _default_feature_extractor(hf_config)
+    return _assemble(config, hf, feature_extractor, tokenizer, notes, head_fits=False)
+
+
+def _assemble(
+    config: "TrainConfig",
+    hf: PreTrainedModel,
+    feature_extractor: Wav2Vec2FeatureExtractor,
+    tokenizer: Wav2Vec2CTCTokenizer,
+    notes: list[str],
+    head_fits: bool,
+) -> LoadedModel:
+    model = CTCModel(hf)
+    if config.freeze_feature_encoder:
+        model.freeze_feature_encoder()
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    processor = Wav2Vec2Processor(feature_extractor=feature_extractor, tokenizer=tokenizer)
+    return LoadedModel(model, processor, Vocabulary.from_tokenizer(tokenizer), notes, head_fits)
+
+
+def _find_checkpoint_folder(name: str) -> Path:
+    """The folder itself, or the snapshot of a Hub repository, downloaded when it is not on the disk yet."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(
+            f"--model_name_or_path {name} is a file; name the folder that holds config.json and the weights"
+        )
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise UsageError(f"--model_name_or_path {name}: there is no such folder")
+    local = f"hf download {name} --local-dir {Path(name).name}"
+    try:
+        return Path(_download(name))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UsageError(
+            f"--model_name_or_path {name} is no folder here, and the Hugging Face Hub cannot be reached; on a machine "
+            f"that can: {local}, then --model_name_or_path {Path(name).name}"
+        ) from error
+    except HFValidationError as error:
+        raise UsageError(
+            f"--model_name_or_path {name} is neither a folder nor a name on the Hugging Face Hub"
+        ) from error
+    except GatedRepoError as error:
+        raise UsageError(f"{name} is gated: accept its terms on huggingface.co, then run hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise UsageError(
+            f"--model_name_or_path {name} is no folder here, and no public model on the Hugging Face Hub "
+            "(a private one needs hf auth login)"
+        ) from error
+    except Exception as error:  # The HTTP client, and with it the type of its errors, changes with huggingface_hub.
+        raise UsageError(f"the download of {name} failed ({_one_line(error)}); try {local}") from error
+
+
+def _download(name: str) -> str:
+    """The path of the snapshot. Without a network the one on the disk is taken, at once and without retries."""
+    fetch = functools.partial(snapshot_download, name, etag_timeout=HUB_TIMEOUT_SECONDS)
+    folder = fetch(allow_patterns=["config.json", "model*.safetensors*", *TOKENIZER_FILES, *PROCESSOR_FILES])
+    if not any((Path(folder) / weights).is_file() for weights in WEIGHT_FILES):
+        folder = fetch(allow_patterns=["pytorch_model*.bin*"])
+    return folder
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} is not a checkpoint: it has no config.json")
+    fields = _read_json(path)
+    family = _known_family(fields.get("model_type"), path)
+    for name in ("attn_implementation", "_attn_implementation"):
+        if fields.get(name) not in ATTENTIONS:
+            raise UsageError(
+                f"{path}: {name} names code to download ({fields[name]!r}), which is never run; take it out"
+            )
+    if fields.get("quantization_config") is not None:
+        raise UsageError(f"{path}: the checkpoint is quantized and cannot be trained; use the original one")
+    try:
+        # The class of the family, never one named by the folder: no remote code.
+        return CONFIG_MAPPING[family].from_pretrained(folder)
+    except UNREADABLE as error:
+        raise UsageError(f"{path} is not a {family} configuration: {_one_line(error)}") from error
+
+
+def _known_family(family: Any, source: object) -> str:
+    if family in FAMILIES:
+        return family
+    raise UsageError(
+        f"{source}: model_type is {family!r}; a family that turns waveforms into CTC is needed: {', '.join(FAMILIES)}"
+    )
+
+
+def _check_architecture(hf_config: PretrainedConfig, source: object) -> None:
+    # transformers derives it from conv_dim when a configuration is made, not when a field is changed.
+    hf_config.num_feat_extract_layers = len(hf_config.conv_dim)
+    if getattr(hf_config, "add_adapter", False):
+        raise UsageError(
+            f"{source}: add_adapter shortens the frames behind the encoder and is not supported; set it to false"
+        )
+    if not len(hf_config.conv_dim) == len(hf_config.conv_kernel) == len(hf_config.conv_stride):
+        raise UsageError(f"{source}: conv_dim, conv_kernel and conv_stride must have the same length")
+
+
+def _override(hf_config: PretrainedConfig, fields: Mapping[str, Any], source: str) -> None:
+    known = hf_config.to_dict().keys() - {"model_type", "vocab_size", "pad_token_id"}
+    problems = []
+    for name, value in fields.items():
+        if name in ("vocab_size", "pad_token_id"):
+            problems.append(f"{name} follows from the vocabulary, take it out")
+        elif name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"unknown field {name}" + (f", nearest is {nearest[0]}" if nearest else ""))
+        else:
+            try:
+                setattr(hf_config, name, value)
+            except UNREADABLE as error:
+                problems.append(f"{name}: {_one_line(error)}")
+    if problems:
+        raise UsageError(f"{source}: " + "; ".join(problems))
+
+
+def _choose_vocabulary(
+    config: "TrainConfig", tokenizer: Wav2Vec2CTCTokenizer | None, training_texts: Callable[[], Iterable[str]]
+) -> tuple[dict[str, int], list[str]]:
+    """The labels as token to id, and what is to be said about them."""
+    choice = config.vocabulary
+    if choice == "model" and tokenizer is None:
+        raise UsageError("--vocabulary model: the checkpoint has no tokenizer (vocab.json); use --vocabulary train")
+    if choice == "large_960h":
+        return dict(LARGE_960H_VOCABULARY), ["vocabulary: the 32 tokens of facebook/wav2vec2-large-960h"]
+    if choice == "model" or (choice == "auto" and tokenizer is not None):
+        labels = tokenizer.get_vocab()
+        return labels, [f"vocabulary: {len(labels)} tokens of the checkpoint's tokenizer"]
+    if choice not in ("auto", "train"):
+        labels = _read_vocabulary(Path(choice).expanduser())
+        return labels, [f"vocabulary: {len(labels)} tokens of {choice}"]
+    case = "lower" if config.case == "auto" else resolve_case(config.case, {})
+    normalizer = TextNormalizer(characters_to_ignore=config.characters_to_ignore, case=case)
+    labels = build_vocabulary(normalizer(text) for text in training_texts())
+    because = ", for the checkpoint has no tokenizer" if choice == "auto" and config.model_name_or_path else ""
+    return labels, [f"vocabulary: {len(labels)} tokens built from the training text{because}"]
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    if not path.is_file():
+        raise UsageError(f"--vocabulary {path}: there is no such file (auto, model, train and large_960h need none)")
+    labels = _read_json(path)
+    _check_labels(labels, path)
+    return labels
+
+
+def _check_labels(labels: dict[str, Any], path: Path) -> None:
+    """A vocabulary gives each token an id of its own, 0 up to its size."""
+    wrong = [token for token, index in labels.items() if type(index) is not int]
+    if wrong:
+        raise UsageError(f"{path}: the id of {wrong[0]!r} is {labels[wrong[0]]!r}, not a whole number")
+    owners: dict[int, str] = {}
+    for token, index in labels.items():
+        if index in owners:
+            raise UsageError(f"{path}: {owners[index]!r} and {token!r} share the id {index}")
+        owners[index] = token
+    gaps = [index for index in range(len(labels)) if index not in owners]
+    if gaps:
+        raise UsageError(f"{path}: {len(labels)} tokens need the ids 0 to {len(labels) - 1}, and {gaps[0]} is missing")
+
+
+def _read_tokenizer(folder: Path, head_size: int, is_needed: bool) -> Wav2Vec2CTCTokenizer | None:
+    """The checkpoint's tokenizer; None where it has none, or an unreadable one that is not needed."""
+    if not (folder / "vocab.json").is_file():
+        return None
+    try:
+        tokenizer = _open_tokenizer(folder)
+    except UsageError:
+        if is_needed:
+            raise
+        return None
+    if len(tokenizer.encoder) == head_size < len(tokenizer.get_vocab()):
+        # Trap 19: `<s>` and `</s>` were added by the class, and the head knows nothing of them.
+        return build_tokenizer(dict(tokenizer.encoder))
+    return tokenizer
+
+
+def _open_tokenizer(folder: Path) -> Wav2Vec2CTCTokenizer:
+    _read_json(folder / "vocab.json")
+    settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    kind = settings.get("tokenizer_class") or "Wav2Vec2CTCTokenizer"
+    if kind not in ("Wav2Vec2CTCTokenizer", "Wav2Vec2Tokenizer"):
+        raise UsageError(f"{folder}: its tokenizer is a {kind}, which is none of characters; use --vocabulary train")
+    try:
+        tokenizer = Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    except UNREADABLE as error:
+        raise UsageError(f"{folder}: its tokenizer cannot be read: {_one_line(error)}") from error
+    _check_labels(tokenizer.get_vocab(), folder / "vocab.json")
+    return tokenizer
+
+
+def _set_vocabulary(hf_config: PretrainedConfig, tokenizer: Wav2Vec2CTCTokenizer, size: int) -> None:
+    assert len(tokenizer) == size, f"tokenizer of {len(tokenizer)} tokens for a head of {size} outputs"
+    hf_config.vocab_size = size
+    hf_config.pad_token_id = tokenizer.pad_token_id  # transformers takes it for the blank
+    labels = tokenizer.get_vocab()
+    hf_config.bos_token_id, hf_config.eos_token_id = labels.get("<s>"), labels.get("</s>")
+    # For whoever trains on with transformers: "sum" makes the gradient grow with the batch (trap 18).
+    hf_config.ctc_loss_reduction, hf_config.ctc_zero_infinity = "mean", True
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A model read from files, with the keys that did not match."""
+
+    model: PreTrainedModel
+    missing: set[str]
+    unexpected: set[str]
+
+    @property
+    def has_head(self) -> bool:
+        return "lm_head.weight" not in self.missing
+
+    def notes(self) -> list[str]:
+        notes = []
+        drawn = {key for key in self.missing if not key.startswith("lm_head.")}
+        if drawn:
+            notes.append(f"weights: {_some(drawn)} drawn anew, not in the checkpoint")
+        if self.unexpected:
+            groups = _some({key.split(".")[0] for key in self.unexpected})
+            notes.append(f"weights: {len(self.unexpected)} of the checkpoint not used ({groups})")
+        return notes
+
+
+def _read_weights(folder: Path, hf_config: PretrainedConfig, weights: str, seed: int) -> _Weights:
+    """Read safetensors, or .bin without running code; refuse keys that are not on the allow-list."""
+    try:
+        with _seeded(seed):
+            hf, info = MODEL_FOR_CTC_MAPPING[type(hf_config)].from_pretrained(
+                folder,
+                config=hf_config,
+                # Master weights are fp32 whatever the file holds; autocast does the rest.
+                dtype=torch.float32,
+                use_safetensors="safetensors" in weights,
+                weights_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except UNREADABLE as error:
+        raise UsageError(f"{folder / weights} cannot be read as weights: {_one_line(error)}") from error
+    misshapen = {key for key, *_ in info["mismatched_keys"] if not key.startswith("lm_head.")}
+    if misshapen:
+        raise UsageError(f"{folder}: weights and config.json disagree on the shape of {_some(misshapen)}")
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    lacking = {key for key in missing if not MISSING_ALLOWED.match(key)}
+    foreign = {key for key in unexpected if not UNEXPECTED_ALLOWED.match(key)}
+    if lacking or foreign:
+        parts = [f"missing: {_some(lacking)}"] if lacking else []
+        parts += [f"unexpected: {_some(foreign)}"] if foreign else []
+        raise UsageError(f"{folder / weights} does not hold a {hf_config.model_type} model; " + "; ".join(parts))
+    return _Weights(hf, missing, unexpected)
+
+
+def _draw_head(head: nn.Linear, hf_config: PretrainedConfig, seed: int) -> None:
+    """Draw as transformers would, but from a generator of its own: the same head whatever else was drawn before."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.normal_(0.0, hf_config.initializer_range, generator=generator)
+        head.bias.zero_()
+
+
+def _read_feature_extractor(folder: Path, hf_config: PretrainedConfig) -> tuple[Wav2Vec2FeatureExtractor, list[str]]:
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return _default_feature_extractor(hf_config)
+    try:
+        extractor = Wav2Vec2FeatureExtractor.from_pretrained(folder)
+    except UNREADABLE as error:
+        raise UsageError(f"{folder}: its feature extractor cannot be read: {_one_line(error)}") from error
+    if extractor.sampling_rate != SAMPLE_RATE_HZ:
+        raise UsageError(f"{folder} hears {extractor.sampling_rate} Hz; prepared data is {SAMPLE_RATE_HZ} Hz")
+    return extractor, []
+
+
+def _default_feature_extractor(hf_config: PretrainedConfig) -> tuple[Wav2Vec2FeatureExtractor, list[str]]:
+    masked = getattr(hf_config, "feat_extract_norm", "layer") == "layer"
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=SAMPLE_RATE_HZ, do_normalize=True, return_attention_mask=masked)
+    return extractor, ["feature extractor: the checkpoint has none; waveforms get zero mean and unit variance"]
+
+
+# --- Saving --------------------------------------------------------------------------------------------------------
+
+
+def save_model(loaded: LoadedModel, folder: Path | str) -> None:
+    """Write weights and processor in Hugging Face format, as `pipeline("automatic-speech-recognition")` opens it."""
+    assert len(loaded.processor.tokenizer) == loaded.model.hf.config.vocab_size
+    with _quiet_transformers():
+        loaded.model.hf.save_pretrained(folder)
+        loaded.processor.save_pretrained(folder)
+        # transformers 4 looks for the feature extractor in a file of its own.
+        loaded.processor.feature_extractor.save_pretrained(folder)
+
+
+# --- Small things --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draws on the CPU come from `seed`, and the global generator is as before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its load report, advice and bars stay off the screen: what matters of them is in our notes. Errors still rise."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)\b")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not JSON: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds a {type(content).__name__}, a mapping is needed")
+    return content
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,385 @@
+"""Several processes over gloo: equal updates, each utterance scored once, one writer, exits without a trace.
+
+Started as a script this file is a server of ranks: it imports the program once, and forks as many processes as it is
+asked for, each of which runs train.py's `main` as the launcher would (importing costs 8 s a process otherwise). The
+real launcher is tested at the end.
+"""
+
+import csv
+import gc
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import REPOSITORY, TALKATIVE, TINY_GROUP_NORM_MODEL, TINY_MODEL, write_recipe
+
+SECONDS_FOR_A_RUN = 120
+# What a run imports, some of it late: once for all ranks.
+COSTLY_MODULES = (
+    "train", "torch._dynamo", "transformers.models.wav2vec2.modeling_wav2vec2", "pandas", "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+)  # fmt: skip
+MASKS = {"mask_time_prob": 0.4, "mask_time_length": 2, "mask_feature_prob": 0.3, "mask_feature_length": 4}
+MEASURED_COLUMNS = [
+    "samples_per_second", "audio_seconds_per_second", "eval_runtime", "peak_memory_mb", "elapsed_seconds",
+    "padding_fraction",
+]  # fmt: skip
+
+
+# --- The server of ranks -------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """For each line on stdin: run the asked number of ranks, answer with their exit statuses."""
+    sys.path.insert(0, str(REPOSITORY))
+    for module in COSTLY_MODULES:
+        importlib.import_module(module)
+    gc.freeze()  # Ranks that do not touch what they share do not copy it.
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        ranks = [_fork_rank(rank, request) for rank in range(request["num_processes"])]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+        print(json.dumps(statuses), flush=True)
+
+
+def _fork_rank(rank: int, request: dict) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    folder = Path(request["folder"])
+    signal.alarm(SECONDS_FOR_A_RUN)  # A rank that hangs is a failure, and leaves no process behind.
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"rank_{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["num_processes"]),
+        "LOCAL_WORLD_SIZE": str(request["num_processes"]), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(request["port"]), "ACCELERATE_MIXED_PRECISION": "no",
+    }  # fmt: skip
+    sys.argv = ["train.py", *request["arguments"]]
+    # The interpreter ends as it does for a user: that is where processes without end_training abort (trap 8).
+    sys.exit(_run_rank(folder / f"rank_{rank}.pt", request["stop_at"]))
+
+
+def _run_rank(record_path: Path, stop_at: int | None) -> int:
+    import train
+    from errors import exit_status
+
+    record: dict[str, list] = {"gradients": [], "trained": [], "scored": []}
+    train_step, evaluate, score_one = train.train_step, train.evaluate, train.score_one
+    evaluating = []
+
+    def recording_train_step(run: train.Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
+        if run.state.step == stop_at:
+            raise RuntimeError("the failure that the test asks for")
+        result = train_step(run, update)
+        record["gradients"].append(run.gradients.buffer.clone())
+        record["trained"].append([name for batch in update.micro_batches for name in batch.ids])
+        return result
+
+    def recording_evaluate(*arguments: object) -> train.Score:
+        evaluating.append(True)
+        try:
+            return evaluate(*arguments)
+        finally:
+            evaluating.pop()
+
+    def recording_score_one(run: train.Run, batch: train.Batch) -> tuple[train.Score, list[str]]:
+        score, hypotheses = score_one(run, batch)
+        if evaluating:
+            record["scored"] += [(run.state.step, *pair) for pair in zip(batch.ids, hypotheses, strict=True)]
+        return score, hypotheses
+
+    train.train_step, train.evaluate, train.score_one = recording_train_step, recording_evaluate, recording_score_one
+    try:
+        return exit_status(train.main)
+    finally:
+        torch.save(record, record_path)
+
+
+# --- Asking it -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ranks:
+    """What the processes of one run left behind, by rank."""
+
+    statuses: list[int]
+    stdout: list[str]
+    stderr: list[str]
+    records: list[dict[str, list]]
+    run_dir: Path
+
+    def log(self) -> list[dict[str, str]]:
+        return read_table(self.run_dir / "training_log.csv")
+
+    def column(self, name: str) -> list[float]:
+        return [float(row[name] or "nan") for row in self.log()]
+
+    def state(self, step: int) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.run_dir / "checkpoints" / f"step_{step:06d}" / "tensors.safetensors")
+
+    def trained(self, step: int) -> list[str]:
+        """Ids of one update over all ranks."""
+        return sorted(name for record in self.records for name in record["trained"][step])
+
+    def scored(self) -> list[tuple[int, str, str]]:
+        return sorted(row for record in self.records for row in record["scored"])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[subprocess.Popen]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    with process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run_ranks(server: subprocess.Popen, tmp_path: Path) -> Callable[..., Ranks]:
+    """Train with a number of processes, into the run directory of this name."""
+    numbers = iter(range(100))
+
+    def run(num_processes: int, name: str, *arguments: object, stop_at: int | None = None) -> Ranks:
+        folder = tmp_path / f"ranks_{next(numbers)}"
+        folder.mkdir()
+        request = {
+            "num_processes": num_processes, "folder": str(folder), "port": free_port(), "stop_at": stop_at,
+            "arguments": [*map(str, arguments), "--output_dir", str(tmp_path / name)],
+        }  # fmt: skip
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        statuses = json.loads(server.stdout.readline())
+        stdout, stderr = (
+            [(folder / f"rank_{rank}.{stream}").read_text() for rank in range(num_processes)]
+            for stream in ("out", "err")
+        )
+        assert stop_at is not None or any(statuses) is False, "\n".join(stderr)
+        records = [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(num_processes)]
+        return Ranks(statuses, stdout, stderr, records, tmp_path / name)
+
+    return run
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def repeatable(ranks: Ranks) -> list[dict[str, str]]:
+    return [{name: value for name, value in row.items() if name not in MEASURED_COLUMNS} for row in ranks.log()]
+
+
+def assert_same_training(found: Ranks, expected: Ranks, steps: int) -> None:
+    """Losses, gradient norms, gradients of the first update, weights at the end; and what was trained on."""
+    for name in ("train_loss", "grad_norm", "learning_rate"):
+        assert found.column(name) == pytest.approx(expected.column(name), rel=1e-4, nan_ok=True), name
+    assert found.column("train_loss")[0] == pytest.approx(expected.column("train_loss")[0], rel=1e-5)
+    mine, theirs = (ranks.records[0]["gradients"][0] for ranks in (found, expected))
+    assert (mine - theirs).norm() / theirs.norm() < 1e-5
+    for step in range(steps):
+        assert found.trained(step) == expected.trained(step)
+        assert all(torch.equal(r["gradients"][step], found.records[0]["gradients"][step]) for r in found.records)
+    weights = expected.state(steps)
+    for name, value in found.state(steps).items():
+        # A bias of the keys cancels in the softmax: its gradient is rounding, which AdamW makes a step of.
+        if name.startswith("model/") and not name.endswith("k_proj.bias"):
+            assert (value - weights[name]).norm() <= 1e-4 * weights[name].norm() + 1e-6, name
+
+
+def assert_scored_once(found: Ranks, expected: Ranks) -> None:
+    """Traps 6 and 16: the ranks divide dev and test set, nothing is scored twice, and the texts are those of one."""
+    rows = found.scored()
+    assert len(rows) == len({(step, name) for step, name, _ in rows}) == 5 + 4
+    assert max(len(record["scored"]) for record in found.records) < len(rows)
+    assert rows == expected.scored()
+
+
+def assert_one_voice(ranks: Ranks) -> None:
+    """The first rank speaks and writes; the others are silent."""
+    assert ranks.stdout[0].count("finished: ") == 1
+    assert ranks.stdout[1:] == [""] * (len(ranks.stdout) - 1)
+    assert ranks.stderr[1:] == [""] * (len(ranks.stderr) - 1)
+
+
+# --- Promises 1 and 2 over processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "numbers"), [(TINY_MODEL, [2]), (TINY_GROUP_NORM_MODEL, [2, 5])], ids=["layer_norm", "group_norm"]
+)
+def test_several_processes_do_what_one_does(
+    architecture: dict[str, object],
+    numbers: list[int],
+    prepared: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., Ranks],
+) -> None:
+    """Updates of ten and three utterances: with five processes two cuts of the short ones are empty."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=architecture | MASKS | {"initializer_range": 0.1},
+        max_steps=4, per_device_eval_batch_size=1,
+    )  # fmt: skip
+
+    def run(processes: int) -> Ranks:
+        size = 10 // processes
+        return run_ranks(processes, f"run_{processes}", "--config", recipe, "--per_device_train_batch_size", size)
+
+    one = run(1)
+    assert [len(one.trained(step)) for step in range(4)] == [10, 3, 10, 3]
+    for processes in numbers:
+        several = run(processes)
+        empty = [len(record["trained"][1]) for record in several.records].count(0)
+        assert empty == max(0, processes - 3)
+        assert_same_training(several, one, steps=4)
+        assert_one_voice(several)
+        assert_scored_once(several, one)
+        assert several.column("step") == [1, 2, 3, 4]
+        for name in ("eval_wer", "eval_cer", "eval_raw_wer", "eval_sentence_error_rate", "blank_fraction"):
+            assert several.column(name) == pytest.approx(one.column(name), rel=1e-9, nan_ok=True), name
+        assert several.column("eval_loss") == pytest.approx(one.column("eval_loss"), rel=1e-4, nan_ok=True)
+        results = [json.loads((ranks.run_dir / "train_results.json").read_text()) for ranks in (one, several)]
+        for name in ("test_wer", "test_cer", "test_wer_seen_speakers", "test_wer_unseen_speakers", "best_eval_wer"):
+            assert results[0][name] == pytest.approx(results[1][name]), name
+        facts = json.loads((several.run_dir / "environment.json").read_text())["launcher"]
+        assert facts["num_processes"] == processes
+    assert len({hypothesis for *_, hypothesis in one.scored()}) > 4
+
+
+def test_resume_with_two_processes_is_invisible(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Bit for bit with as many processes; with one process the same updates."""
+    model_config = TINY_MODEL | TALKATIVE | MASKS | {"hidden_dropout": 0.2, "layerdrop": 0.5, "num_hidden_layers": 2}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=model_config, per_device_train_batch_size=4,
+        logging_steps=2, eval_steps=3, save_steps=2, max_steps=6, do_predict=False,
+    )  # fmt: skip
+    whole = run_ranks(2, "whole", "--config", recipe)
+    stopped = run_ranks(2, "parts", "--config", recipe, stop_at=5)
+    assert stopped.statuses == [1, 1]
+    assert all("the failure that the test asks for" in error for error in stopped.stderr)
+    shutil.copytree(tmp_path / "parts", tmp_path / "fewer")
+
+    # Ranks that meet a damaged checkpoint say so once, and agree on the one before.
+    (tmp_path / "parts" / "checkpoints" / "step_000004" / "state.json").write_text("{}")
+    resumed = run_ranks(2, "parts", "--config", recipe, "--resume_from_checkpoint", "last")
+    assert_one_voice(resumed)
+    assert resumed.stdout[0].count("skipping the damaged checkpoint") == 1
+    assert "at step 2 of 6" in resumed.stdout[0]
+    assert repeatable(resumed) == repeatable(whole)
+    mine, theirs = resumed.state(6), whole.state(6)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    samples = [(ranks.run_dir / "eval_samples.csv").read_text() for ranks in (whole, resumed)]
+    assert samples[0] == samples[1]
+
+    alone = run_ranks(1, "fewer", "--config", recipe, "--resume_from_checkpoint", "last")
+    assert "at step 4 of 6" in alone.stdout[0]
+    assert [alone.trained(step) for step in range(2)] == [whole.trained(step) for step in range(4, 6)]
+    assert alone.column("step") == whole.column("step")
+
+
+def test_every_rank_refuses_and_the_first_says_why(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, vocabulary="large_960h", case="lower")
+    refused = run_ranks(2, "run", "--config", recipe, stop_at=-1)
+    assert refused.statuses == [2, 2]
+    assert refused.stderr[0].startswith("error: the vocabulary knows ")
+    assert refused.stderr[0].count("\n") == 1
+    assert refused.stderr[1] == "".join(refused.stdout) == ""
+    assert not (tmp_path / "run").exists()
+
+
+# --- The launcher itself -------------------------------------------------------------------------------------------
+
+
+def launch(tmp_path: Path, *arguments: object) -> subprocess.Popen:
+    """`accelerate launch` with its output in one stream."""
+    command = [Path(sys.executable).parent / "accelerate", "launch", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen, children: list[psutil.Process]) -> None:
+    """Leave nothing behind, whatever happened."""
+    for child in children:
+        if child.is_running():
+            child.kill()
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+def test_launcher_starts_two_processes_without_a_gpu(prepared: Path, tmp_path: Path) -> None:
+    """Traps 8, 9 and 27: the multi-GPU command, two gloo ranks, status 0, one writer."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, dataloader_num_workers=1)
+    process = launch(
+        tmp_path, "--multi_gpu", "--num_processes", 2, "--main_process_port", free_port(), "--mixed_precision", "no",
+        REPOSITORY / "train.py", "--config", recipe, "--output_dir", "run",
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=SECONDS_FOR_A_RUN)
+    finally:
+        end(process, [])
+    assert process.returncode == 0, output
+    assert "x 2 processes = 8 utterances" in output
+    assert output.count("finished: 5 updates") == 1
+    assert [row["step"] for row in read_table(tmp_path / "run" / "training_log.csv")] == ["1", "2", "3", "4", "5"]
+    assert "num_processes 2" in (tmp_path / "run" / "config.yaml").read_text().splitlines()[0]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_training_ends_with_its_launcher(prepared: Path, tmp_path: Path) -> None:
+    """Trap 26: SIGTERM to the single-process launcher leaves neither train.py nor its workers behind."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1_000_000, dataloader_num_workers=1)
+    process = launch(
+        tmp_path, "--num_processes", 1, "--mixed_precision", "no", REPOSITORY / "train.py",
+        "--config", recipe, "--output_dir", "run",
+    )  # fmt: skip
+    children: list[psutil.Process] = []
+    deadline = threading.Timer(SECONDS_FOR_A_RUN, process.kill)
+    deadline.start()
+    try:
+        assert any(line.startswith("step 2/") for line in process.stdout), "training never began"
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert any("train.py" in " ".join(child.cmdline()) for child in children)
+        process.terminate()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive
+    finally:
+        deadline.cancel()
+        end(process, children)
+    assert process.returncode != 0
+
+
+if __name__ == "__main__":
+    serve()
