@@ -5,12 +5,14 @@ Every utterance left out of training has its reason in `Selection.dropped`; dev 
 
 import csv
 import io
+import itertools
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -43,23 +45,28 @@ class Selection:
     Attributes:
         rows: dataset rows, ascending, [N].
         num_labels: labels of each, [N].
-        dropped: (row, reason, detail) of every other row of the split.
+        reasons: for every row of the split 0, or 1 + the index in `details` of the reason that left it out.
+        details: each reason's name, with a function from row to the numbers behind it.
     """
 
     rows: np.ndarray
     num_labels: np.ndarray
-    dropped: list[tuple[int, str, str]]
+    reasons: np.ndarray
+    details: Mapping[str, Callable[[int], str]]
 
-    def mask(self, num_rows: int) -> np.ndarray:
-        """True for the rows that take part, [num_rows]."""
-        mask = np.zeros(num_rows, bool)
-        mask[self.rows] = True
-        return mask
+    @property
+    def dropped(self) -> Iterator[tuple[int, str, str]]:
+        """(row, reason, detail) of every row left out, by row; made one by one, since a subset leaves out most."""
+        names = list(self.details)
+        for row in np.flatnonzero(self.reasons):
+            name = names[self.reasons[row] - 1]
+            yield int(row), name, self.details[name](row)
 
     @property
     def drops_by_reason(self) -> Counter[str]:
         """Number of rows left out, by reason."""
-        return Counter(reason for _, reason, _ in self.dropped)
+        counts = np.bincount(self.reasons, minlength=len(self.details) + 1)[1:]
+        return Counter({name: int(count) for name, count in zip(self.details, counts, strict=True) if count})
 
 
 def select_training_rows(
@@ -74,33 +81,30 @@ def select_training_rows(
     seconds = dataset.num_samples / SAMPLE_RATE_HZ
     frames = num_frames(dataset.num_samples.astype(np.int64), hf_config.conv_kernel, hf_config.conv_stride)
     shortest, longest = config.min_duration_in_seconds, config.max_duration_in_seconds
-    rules = (
-        ("no_labels", num_labels == 0, lambda row: "the text is empty after normalisation"),
-        ("too_short", seconds < shortest, lambda row: f"{seconds[row]:.3f} s of at least {shortest} s"),
-        ("too_long", seconds > longest, lambda row: f"{seconds[row]:.3f} s of at most {longest} s"),
-        (
-            "more_labels_than_frames",
-            frames < np.maximum(needed, 1),
-            lambda row: f"{frames[row]} frames, {needed[row]} needed for {num_labels[row]} labels",
+    broken = (num_labels == 0, seconds < shortest, seconds > longest, frames < np.maximum(needed, 1))
+    details = {
+        "no_labels": lambda row: "the text is empty after normalisation",
+        "too_short": lambda row: f"{seconds[row]:.3f} s of at least {shortest} s",
+        "too_long": lambda row: f"{seconds[row]:.3f} s of at most {longest} s",
+        "more_labels_than_frames": lambda row: (
+            f"{frames[row]} frames, {needed[row]} needed for {num_labels[row]} labels"
         ),
-    )
-    kept = np.ones(len(dataset), bool)
-    dropped = []
-    for reason, broken, detail in rules:
-        dropped += [(int(row), reason, detail(row)) for row in np.flatnonzero(broken & kept)]
-        kept &= ~broken
-    rows = np.flatnonzero(kept)
-    subset = _draw_subset(rows, config)
-    dropped += [
-        (int(row), "not_in_subset", "train_fraction or max_train_samples") for row in np.setdiff1d(rows, subset)
-    ]
+        "not_in_subset": lambda row: "train_fraction or max_train_samples",
+    }
+    reasons = np.zeros(len(dataset), np.int8)
+    for code, rows in enumerate(broken, 1):
+        reasons[rows & (reasons == 0)] = code
+    kept = np.flatnonzero(reasons == 0)
+    subset = _draw_subset(kept, config)
+    reasons[np.setdiff1d(kept, subset, assume_unique=True)] = len(details)
+    selection = Selection(subset, num_labels[subset], reasons, details)
     if not len(subset):
-        reasons = Counter(reason for _, reason, _ in dropped).most_common()
+        drops = selection.drops_by_reason.most_common()
         raise UsageError(
             f"no training utterance of {len(dataset)} is left "
-            f"({', '.join(f'{reason} {count}' for reason, count in reasons)}): {REMEDIES[reasons[0][0]]}"
+            f"({', '.join(f'{reason} {count}' for reason, count in drops)}): {REMEDIES[drops[0][0]]}"
         )
-    return Selection(subset, num_labels[subset], dropped)
+    return selection
 
 
 def draw_subset(rows: np.ndarray, max_samples: int | None, seed: int) -> np.ndarray:
@@ -111,15 +115,18 @@ def draw_subset(rows: np.ndarray, max_samples: int | None, seed: int) -> np.ndar
 
 
 def write_drop_list(path: Path, dataset: ShardDataset, selection: Selection) -> None:
-    """`split,id,reason,detail` of every training utterance that the run leaves out."""
-    wanted = {row: (reason, detail) for row, reason, detail in selection.dropped}
-    lines = io.StringIO()
-    table = csv.writer(lines, lineterminator="\n")
-    table.writerow(("split", "id", "reason", "detail"))
-    for row, utterance_id in enumerate(dataset.column("id")):
-        if row in wanted:
-            table.writerow((dataset.folder.name, utterance_id, *wanted[row]))
-    write_atomically(path, lines.getvalue())
+    """`split,id,reason,detail` of every training utterance that the run leaves out, line by line."""
+
+    def write(file: BinaryIO) -> None:
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow(("split", "id", "reason", "detail"))
+        ids = itertools.compress(dataset.column("id"), selection.reasons)
+        for utterance_id, (_, reason, detail) in zip(ids, selection.dropped, strict=True):
+            table.writerow((dataset.folder.name, utterance_id, reason, detail))
+        lines.detach()  # The file stays open for its owner.
+
+    write_atomically(path, write)
 
 
 def check_coverage(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> str:

@@ -170,7 +170,7 @@ def score_before_training(run: Run, progress: Progress) -> None:
 
 def evaluate_test(run: Run) -> dict[str, float]:
     """WER and CER of the test split; by speakers heard and not heard in training, where speakers are known."""
-    trained = set(itertools.compress(run.train_set.column("speaker"), run.selection.mask(len(run.train_set))))
+    trained = set(itertools.compress(run.train_set.column("speaker"), run.selection.reasons == 0))
     is_seen = np.array([speaker in trained for speaker in run.test_set.column("speaker")], bool)
     parts = {"seen": np.flatnonzero(is_seen), "unseen": np.flatnonzero(~is_seen)}
     scores = {name: evaluate(run, run.test_set, rows, "test set") for name, rows in parts.items() if len(rows)}
