@@ -134,6 +134,17 @@ class ShardDataset(Dataset):
         return record_batch, row - int(self._batch_starts[batch])
 
 
+def has_utterances(folder: Path) -> bool:
+    """Whether a split was prepared and any of its rows could be used."""
+    if not folder.is_dir():
+        return False
+    for part in _find_parts(folder):
+        with _naming_damage(part):
+            if _read_json(part / "part.json")["rows"]:
+                return True
+    return False
+
+
 def _find_parts(folder: Path) -> list[Path]:
     """The parts that `prepare.json`, the mark of a finished preparation, counts for this split."""
     data_dir = folder.parent

@@ -21,7 +21,7 @@ import runlog
 from atomic import recover_folder, replace_folder, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
-from data import BatchPlan, Collator, CutSettings, ShardDataset, Update
+from data import BatchPlan, Collator, CutSettings, ShardDataset, Update, has_utterances
 from errors import RunFailed, UsageError
 from metrics import Score
 from model import optimizer_groups, parameter_counts
@@ -157,7 +157,7 @@ class Run:
         data_dir = Path(self.config.data_dir)
         self.train_set = ShardDataset(data_dir / "train")
         self.eval_set = self.train_set if self.config.eval_split == "train" else ShardDataset(data_dir / "dev")
-        has_test = self.config.do_predict and (data_dir / "test").is_dir()
+        has_test = self.config.do_predict and has_utterances(data_dir / "test")
         self.test_set = ShardDataset(data_dir / "test") if has_test else None
 
     def _load_model(self) -> None:

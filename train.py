@@ -29,6 +29,7 @@ from processes import start_processes
 from progress import Progress, format_seconds
 from run import Run
 from schedule import learning_rate_at
+from text import required_frames
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -131,9 +132,12 @@ def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str
 def score_one(run: Run, batch: Batch) -> tuple[Score, list[str]]:
     """Decode and count one batch; returns the hypotheses too."""
     logits_BTV, frame_lengths_B, loss_B = forward(run, batch)
+    # A row with more labels than frames has no CTC loss; its words are counted, its labels do not thin the loss out.
+    labels = batch.labels_L.split(batch.label_lengths_B.tolist())
+    has_loss = [frames >= required_frames(row.numpy()) for frames, row in zip(frame_lengths_B, labels, strict=True)]
     return score_batch(
         logits_BTV, frame_lengths_B, run.vocabulary, batch.texts, batch.raw_texts,
-        loss_sum=float(loss_B.sum()), labels=len(batch.labels_L),
+        loss_sum=float(loss_B.sum()), labels=int(batch.label_lengths_B[has_loss].sum()),
     )  # fmt: skip
 
 

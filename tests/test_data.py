@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 import sys
 import tracemalloc
 from collections import Counter
@@ -27,6 +28,7 @@ from data import (
     Utterance,
     cut_update,
     evaluation_loader,
+    has_utterances,
     training_loader,
 )
 from errors import UsageError
@@ -604,3 +606,11 @@ def test_batch_moves_what_the_model_reads_and_keeps_lengths_at_hand() -> None:
         assert getattr(moved, name).device.type == "cpu"
     unmasked = make_collator()(synthetic_clips(), np.arange(8)).to(torch.device("meta"))
     assert unmasked.time_mask_BT is None
+
+
+def test_has_utterances_tells_an_empty_or_absent_split(prepared: Path) -> None:
+    write_part(prepared / "test" / "part_2", [])
+    assert has_utterances(prepared / "test") and not has_utterances(prepared / "nothing")
+    shutil.rmtree(prepared / "dev")
+    write_part(prepared / "dev" / "part_1", [])
+    assert not has_utterances(prepared / "dev")
