@@ -130,7 +130,8 @@ class ShardDataset(Dataset):
         part = int(self._batch_parts[batch])
         if part not in self._readers:
             self._readers[part] = _open_part(self._parts[part])
-        record_batch = self._readers[part].get_batch(int(self._batch_positions[batch]))
+        with _naming_damage(self._parts[part]):
+            record_batch = self._readers[part].get_batch(int(self._batch_positions[batch]))
         return record_batch, row - int(self._batch_starts[batch])
 
 

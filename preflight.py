@@ -152,8 +152,10 @@ def _commonest(unknown: Counter[str]) -> list[tuple[str, int]]:
     return sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
 
 
-def _measure(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> Coverage:
-    texts = (normalizer(text) for text in dataset.column("text"))
+def _measure(
+    dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, max_texts: int | None = None
+) -> Coverage:
+    texts = (normalizer(text) for text in itertools.islice(dataset.column("text"), max_texts))
     if vocabulary.delimiter_id is None:
         texts = (text.replace(" ", VISIBLE_SPACE) for text in texts)
     return measure_coverage(texts, vocabulary)
@@ -177,7 +179,7 @@ def _coverage_remedy(
             f"{case} and {adding}": replace(changed, characters_to_ignore=ignored) for case, changed in cases.items()
         }
     for setting, changed in candidates.items():
-        fraction = _measure(dataset, changed, vocabulary).unknown_fraction
+        fraction = _measure(dataset, changed, vocabulary, TEXTS_PER_BLOCK).unknown_fraction
         if fraction <= MAX_UNKNOWN_FRACTION:
             return f"with {setting} coverage is {1 - fraction:.2%}"
     return "no such setting mends it: build a vocabulary from the text with --vocabulary train (and a new head)"

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,8 @@ MAX_METADATA_COLUMNS = 200
 # Of the estimated size: clips differ, and a full disk costs more than this much room.
 DISK_MARGIN = 1.1
 BYTES_PER_SAMPLE = 2
+# Redrawing a bar takes as long as reading a few rows.
+ROWS_PER_ADVANCE = 1_000
 DURATION_EDGES_SECONDS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30)
 OWN_FILES = {*SPLITS, "prepare.json", "dropped.csv", "demo_corpus"}
 PACKAGES = ("torch", "torchaudio", "soundfile", "pyarrow", "numpy")
@@ -70,11 +72,13 @@ def prepare(config: PrepareConfig) -> None:
         if config.corpus == "demo" and not (out / "prepare.json").exists():
             pool.warm_up()  # beside the synthesis
         corpus = _open(config, out)
-        plan = plan_splits(corpus, config)
-        scan = _scan(corpus, plan)
+        state = corpus.state()
+        with _showing_passes(corpus) as shown:
+            plan = plan_splits(shown, config)
+            scan = _scan(shown, plan)
         job = _Job(
             corpus,
-            plan,
+            state,
             scan,
             AudioLocator(corpus.folder, config.audio_root),
             config.chunk_size,
@@ -103,9 +107,13 @@ _Outcome: TypeAlias = Clip | ClipError | None
 
 @dataclass
 class _Scan:
-    """What a first pass over the rows found: a few bytes per row, freed when it ends."""
+    """What a first pass over the rows found: a few bytes per row while it lasts, one that is kept.
+
+    split_codes: of every row, its split as a position in SPLITS; finding it again takes as long as reading the row.
+    """
 
     rows: dict[str, int]
+    split_codes: array
     metadata_columns: list[str]
     repeated_ids: set[int]
 
@@ -119,10 +127,10 @@ class _Scan:
 
 @dataclass
 class _Job:
-    """One corpus on its way to one output folder."""
+    """One corpus on its way to one output folder; `state` is the corpus's when it was scanned."""
 
     corpus: Corpus
-    plan: SplitPlan
+    state: int
     scan: _Scan
     locator: AudioLocator
     chunk_size: int
@@ -137,25 +145,34 @@ class _Job:
         missing_rows = 0
         if (out / "prepare.json").exists():
             _check_settings(out, _read_json(out / "prepare.json").get("settings", {}), self.settings)
-        for split in SPLITS:
-            self._refuse_extra_parts(out, split)
-            for folder, rows, items, fingerprint in self._parts(out, split):
-                if not folder.exists():
-                    missing_rows += rows
-                    continue
-                facts = _read_json(folder / "part.json")
-                _check_settings(out, facts.get("settings", {}), self.settings)
-                for _ in items:
-                    pass
-                if facts["source_fingerprint"] != fingerprint.hexdigest():
-                    raise UsageError(
-                        f"{folder} was made from other rows or files than the corpus holds now: "
-                        f"use another --data_dir, or delete {out} to prepare it again"
-                    )
-                data = folder / "data.arrow"
-                if not data.exists() or data.stat().st_size != facts["data_bytes"]:
-                    raise UsageError(f"{data} is damaged: delete {folder} and run the same command again")
+        rows_to_read = {split: self._rows_to_last_part(out, split) for split in SPLITS}
+        if not any(rows_to_read.values()):
+            return sum(self.scan.rows.values())
+        with Progress("checking finished parts", sum(rows_to_read.values()), "rows") as progress:
+            for split in SPLITS:
+                rows_left = rows_to_read[split]
+                for folder, rows, items, fingerprint in self._parts(out, split):
+                    if folder.exists():
+                        self._check_part(out, folder, _counted(items, progress), fingerprint)
+                    else:
+                        missing_rows += rows
+                        if rows_left > 0:  # behind these rows lies a finished part
+                            _use_up(_counted(items, progress))
+                    rows_left -= rows
         return missing_rows
+
+    def _check_part(self, out: Path, folder: Path, items: Iterator, fingerprint: "hashlib._Hash") -> None:
+        facts = _read_json(folder / "part.json")
+        _check_settings(out, facts.get("settings", {}), self.settings)
+        _use_up(items)
+        if facts["source_fingerprint"] != fingerprint.hexdigest():
+            raise UsageError(
+                f"{folder} was made from other rows or files than the corpus holds now: "
+                f"use another --data_dir, or delete {out} to prepare it again"
+            )
+        data = folder / "data.arrow"
+        if not data.exists() or data.stat().st_size != facts["data_bytes"]:
+            raise UsageError(f"{data} is damaged: delete {folder} and run the same command again")
 
     def probe(self, out: Path, pool: ClipPool, missing_rows: int) -> None:
         """Decode the first clips and throw them away: do they decode, and will they fit on the disk?
@@ -189,10 +206,10 @@ class _Job:
         """Write every part that is not there yet."""
         with Progress("preparing", missing_rows, "clips") as progress:
             for split in SPLITS:
-                for folder, _, items, fingerprint in self._parts(out, split):
+                for folder, rows, items, fingerprint in self._parts(out, split):
                     if folder.exists():
-                        for _ in items:  # keeps track of the ids
-                            pass
+                        with Progress(f"passing over {split}/{folder.name}", rows, "rows") as passing:
+                            _use_up(_counted(items, passing))  # keeps track of the ids
                     else:
                         self._write_part(folder, pool.read(items), fingerprint, progress)
 
@@ -231,7 +248,13 @@ class _Job:
 
     def _parts(self, out: Path, split: str) -> Iterator[tuple[Path, int, Iterator, "hashlib._Hash"]]:
         """Folder, rows, judged rows (to be used up before the next part) and their growing fingerprint."""
-        rows = (row for row in self.corpus.read() if self.plan.split_of(row) == split)
+        if self.corpus.state() != self.state:
+            raise RunFailed(
+                f"the files of {self.corpus.folder} changed while they were read: run the same command again"
+            )
+        wanted = SPLITS.index(split)
+        coded = zip(self.scan.split_codes, self.corpus.read(), strict=False)
+        rows = (row for code, row in coded if code == wanted)
         seen: set[int] = set()
         for number, start in enumerate(range(0, self.scan.rows[split], self.chunk_size), 1):
             fingerprint = hashlib.blake2b(digest_size=16)
@@ -266,16 +289,18 @@ class _Job:
         seen.add(value)
         return repeated
 
-    def _refuse_extra_parts(self, out: Path, split: str) -> None:
+    def _rows_to_last_part(self, out: Path, split: str) -> int:
+        """Rows of a split up to the end of its last finished part; parts that this corpus does not make are refused."""
         expected = -(-self.scan.rows[split] // self.chunk_size)
-        found = sum(1 for _ in (out / split).glob("part_*"))
-        names = {f"part_{number}" for number in range(1, expected + 1)}
-        extra = sorted(path.name for path in (out / split).glob("part_*") if path.name not in names)
-        if extra:
+        numbers = {f"part_{number}": number for number in range(1, expected + 1)}
+        found = [path.name for path in (out / split).glob("part_*")]
+        if not numbers.keys() >= set(found):
             raise UsageError(
-                f"{out / split} holds {found} parts, this corpus and --chunk_size {self.chunk_size} make {expected}: "
-                f"use another --data_dir, or delete {out} to prepare it again"
+                f"{out / split} holds {len(found)} parts, this corpus and --chunk_size {self.chunk_size} make "
+                f"{expected}: use another --data_dir, or delete {out} to prepare it again"
             )
+        last = max((numbers[name] for name in found), default=0)
+        return min(last * self.chunk_size, self.scan.rows[split])
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,12 +320,48 @@ def _open(config: PrepareConfig, out: Path) -> Corpus:
     return replace(open_corpus(out / "demo_corpus"), kind="demo")
 
 
+@contextlib.contextmanager
+def _showing_passes(corpus: Corpus) -> Iterator[Corpus]:
+    """The same corpus, with a bar for every pass over its rows; the block's end takes down one that was broken off."""
+    rows, passes = max(corpus.count_lines(), 1), 0
+    with contextlib.ExitStack() as bar:
+
+        def read() -> Iterator[SourceRow]:
+            nonlocal rows, passes
+            bar.close()
+            passes += 1
+            progress = bar.enter_context(Progress(f"reading rows, pass {passes}", rows, "rows"))
+            yield from _counted(corpus.read(), progress)
+            rows = max(progress.done, 1)
+
+        yield replace(corpus, read=read)
+
+
+_Item = TypeVar("_Item")
+
+
+def _counted(items: Iterable[_Item], progress: Progress) -> Iterator[_Item]:
+    number = 0
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % ROWS_PER_ADVANCE == 0:
+            progress.advance(ROWS_PER_ADVANCE)
+    progress.advance(number % ROWS_PER_ADVANCE)
+
+
+def _use_up(items: Iterator) -> None:
+    for _ in items:
+        pass
+
+
 def _scan(corpus: Corpus, plan: SplitPlan) -> _Scan:
     rows = dict.fromkeys(SPLITS, 0)
     columns: dict[str, None] = {}
-    ids = array("Q")
+    ids, codes = array("Q"), array("B")
     for row in corpus.read():
-        rows[plan.split_of(row)] += 1
+        split = plan.split_of(row)
+        rows[split] += 1
+        codes.append(SPLITS.index(split))
         columns.update(dict.fromkeys(row.metadata))
         ids.append(stable_hash(row.id))
     if len(columns) > MAX_METADATA_COLUMNS:
@@ -311,7 +372,7 @@ def _scan(corpus: Corpus, plan: SplitPlan) -> _Scan:
             "name the corpus that holds training rows, or give --split_by"
         )
     values, counts = np.unique(np.asarray(ids, np.uint64), return_counts=True)
-    return _Scan(rows, list(columns), set(values[counts > 1].tolist()))
+    return _Scan(rows, codes, list(columns), set(values[counts > 1].tolist()))
 
 
 def _settings(config: PrepareConfig, scan: _Scan) -> dict:

@@ -7,10 +7,13 @@ import sys
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
 from errors import UsageError
 
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Gradients travel in pieces of this many numbers (100 MB in fp32), which bounds the memory of the transport.
 NUMBERS_PER_REDUCTION = 25_000_000
@@ -29,6 +32,9 @@ def start_processes(report_to: list[str], output_dir: str) -> Accelerator:
             f"the launcher sets gradient accumulation to {accumulation}; it belongs to the run: "
             f"write --gradient_accumulation_steps {accumulation} behind train.py instead"
         )
+    missing = [name for name in report_to if name not in available_trackers()]
+    if missing:
+        raise UsageError(f"--report_to {missing[0]} needs a package that is not installed: pip install {missing[0]}")
     has_gpu = torch.cuda.is_available()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
@@ -43,6 +49,13 @@ def start_processes(report_to: list[str], output_dir: str) -> Accelerator:
         _use_all_cores()
     # Without a GPU several processes talk over gloo instead of each believing that it is alone.
     accelerator = Accelerator(cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir)
+    if accelerator.distributed_type not in SUPPORTED:
+        raise UsageError(
+            f"the launcher asks for {accelerator.distributed_type.value}, which this loop does not do: choose "
+            "multi-GPU without FSDP, DeepSpeed or Megatron in accelerate config, or launch with --multi_gpu"
+        )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise UsageError("the launcher asks for torch.compile, which this loop does not use: --dynamo_backend no")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
         raise UsageError(
@@ -50,6 +63,25 @@ def start_processes(report_to: list[str], output_dir: str) -> Accelerator:
             "launch with --multi_gpu --num_processes N, or with --num_processes 1"
         )
     return accelerator
+
+
+def available_trackers() -> list[str]:
+    """Trackers whose package is installed; Accelerate leaves out the others without a word."""
+    return [str(getattr(name, "value", name)) for name in get_available_trackers()]
+
+
+def check_same_on_all_ranks(accelerator: Accelerator, model: nn.Module) -> None:
+    """Every process must begin with the same weights, since only gradients are shared.
+
+    Raises:
+        UsageError: the ranks loaded different ones (another copy of the checkpoint on another host).
+    """
+    if accelerator.num_processes == 1:
+        return
+    sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()]).sum()
+    of_ranks = accelerator.gather(sums.reshape(1))
+    if not bool((of_ranks == of_ranks[0]).all()):
+        raise UsageError("the processes loaded different weights: give every host the same --model_name_or_path")
 
 
 def describe_processes(accelerator: Accelerator) -> dict[str, object]:

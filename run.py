@@ -4,6 +4,7 @@
 rate are functions of the seed and the step.
 """
 
+import hashlib
 import json
 import resource
 import time
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 import checkpoint
 import preflight
 import runlog
-from atomic import recover_folder, replace_folder, write_atomically
+from atomic import recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
 from data import BatchPlan, Collator, CutSettings, ShardDataset, Update, has_utterances
@@ -26,7 +27,7 @@ from errors import RunFailed, UsageError
 from metrics import Score
 from model import optimizer_groups, parameter_counts
 from pretrained import load_model, save_model
-from processes import SharedGradients, describe_processes
+from processes import SharedGradients, check_same_on_all_ranks, describe_processes
 from progress import Progress
 from schedule import learning_rate_at
 from text import TextNormalizer
@@ -41,8 +42,8 @@ class RunState:
     """What a run has done; saved with every checkpoint as JSON."""
 
     utterances_per_update: int
-    data_fingerprint: str
-    vocabulary: dict[str, int]
+    identity: dict[str, object]
+    """What a resume must not change; see `Run._identity`."""
     step: int = 0
     best_step: int | None = None
     best_eval_wer: float | None = None
@@ -58,17 +59,21 @@ class RunState:
     sample_bytes: int = 0
 
 
-METER_SUMS = ("loss", "labels", "utterances", "samples", "padded_samples", "seconds", "scaler_skips")
+METER_SUMS = ("loss", "labels", "utterances", "samples", "padded_samples", "seconds", "scaler_skips", "bad_updates")
+# So many updates in a row without a step mean that none will follow. A loss scaler starts high and may need twenty.
+MAX_BAD_UPDATES = 10
+MAX_SCALER_SKIPS = 40
 
 
 class Meter:
-    """Sums since the last row of the log. The loss stays on the device, so that no step waits for it."""
+    """Sums since the last row of the log. Loss and left-out updates stay on the device, so that no step waits for it."""
 
     def __init__(self, accelerator: Accelerator, pending: list[float]) -> None:
         self.accelerator = accelerator
         self.grad_norm = torch.tensor(float("nan"))
         self.note = ""
         self._started_at: float | None = None
+        self._left_out_in_a_row = torch.zeros((), dtype=torch.int64, device=accelerator.device)
         self._restart(pending)
 
     def start(self) -> None:
@@ -86,23 +91,40 @@ class Meter:
     def add(self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Count one update; what all ranks know alike is counted by the first."""
         self.grad_norm = grad_norm
-        self._loss += loss_sum
+        # Accelerate's own flag is blind to the fused optimizer, which skips inside its kernel.
+        is_left_out = ~torch.isfinite(grad_norm)
+        self._left_out_in_a_row = (self._left_out_in_a_row + 1) * is_left_out
+        # A loss that is no number would hide all the others of its row.
+        has_loss = torch.isfinite(loss_sum)
+        self._on_device[0] += torch.where(has_loss, loss_sum, 0.0)
         if self.accelerator.is_main_process:
-            self._sums["labels"] += update.num_labels
+            self._on_device[1] += torch.where(has_loss, float(update.num_labels), 0.0)
+            self._on_device[2] += is_left_out
             self._sums["utterances"] += update.num_utterances
-            if self.accelerator.scaler is not None:
-                # Accelerate's own flag is blind to the fused optimizer, which skips inside its kernel.
-                self._skips += ~torch.isfinite(grad_norm)
         for batch in update.micro_batches:
             self._sums["samples"] += batch.num_samples
             self._sums["padded_samples"] += batch.num_padded_samples
+
+    def check_progress(self, step: int, folder: Path) -> None:
+        """Stop a run whose updates have all been left out for some time.
+
+        Raises:
+            RunFailed: MAX_BAD_UPDATES non-finite gradients, or MAX_SCALER_SKIPS skips of the loss scaler, in a row.
+        """
+        in_a_row = int(self._left_out_in_a_row)
+        if in_a_row >= (MAX_BAD_UPDATES if self.accelerator.scaler is None else MAX_SCALER_SKIPS):
+            raise RunFailed(
+                f"the last {in_a_row} updates before step {step} had gradients that are not finite and were left out: "
+                "lower --learning_rate, raise --warmup_steps, or launch with another --mixed_precision; "
+                f"{folder / 'checkpoints'} holds sound weights"
+            )
 
     def reduce(self) -> dict[str, float]:
         """Pause, and return the sums over all ranks. They are kept until `clear`."""
         self.pause()
         mine = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        mine[METER_SUMS.index("loss")] += self._loss
-        mine[METER_SUMS.index("scaler_skips")] += self._skips
+        left_out = "bad_updates" if self.accelerator.scaler is None else "scaler_skips"
+        mine[[METER_SUMS.index(name) for name in ("loss", "labels", left_out)]] += self._on_device
         reduced = self.accelerator.reduce(mine, reduction="sum").tolist()
         # From here on the first rank holds what all have counted, as after a resume: equal bits either way.
         self._restart(reduced)
@@ -115,8 +137,7 @@ class Meter:
     def _restart(self, sums: list[float]) -> None:
         mine = sums if self.accelerator.is_main_process else [0.0] * len(METER_SUMS)
         self._sums = dict(zip(METER_SUMS, mine, strict=True))
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        self._skips = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        self._on_device = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
 
 
 class Run:
@@ -127,7 +148,6 @@ class Run:
         self.is_main = accelerator.is_main_process
         self.folder = Path(config.output_dir)
         self._started_at = time.monotonic()
-        self._refuse_occupied_folder()
         self._open_data()
         self._load_model()
         self._select_utterances()
@@ -142,16 +162,6 @@ class Run:
             accelerator.init_trackers("wav2vec2-ctc-finetune", config={k: str(v) for k, v in asdict(config).items()})
 
     # Setting up
-
-    def _refuse_occupied_folder(self) -> None:
-        if self.config.resume_from_checkpoint is not None or not self.folder.exists():
-            return
-        if not self.folder.is_dir() or any(self.folder.iterdir()):
-            state = "a finished run" if (self.folder / "train_results.json").is_file() else "a run or other files"
-            raise UsageError(
-                f"{self.folder} holds {state}: go on with --resume_from_checkpoint last, "
-                "or start over with another --output_dir"
-            )
 
     def _open_data(self) -> None:
         data_dir = Path(self.config.data_dir)
@@ -175,9 +185,10 @@ class Run:
         )
         self.model = self.loaded.model.to(device)
         groups = optimizer_groups(self.model, config.weight_decay)
-        fused = device.type in ("cpu", "cuda")
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+        # The fused step leaves weights and moments alone when `found_inf` says so, without waiting for the device.
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        check_same_on_all_ranks(self.accelerator, self.model)
         if self.accelerator.scaler is not None:
             # A rank whose cut is empty scales no loss, and unscaling needs the scale on its device.
             self.accelerator.scaler.scale(torch.zeros((), device=device))
@@ -196,7 +207,7 @@ class Run:
     def _plan_updates(self) -> None:
         config, processes, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
         size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-        self.state = RunState(size, self.train_set.fingerprint, dict(self.vocabulary.token_ids))
+        self.state = RunState(size, self._identity())
         if config.resume_from_checkpoint is not None:
             self._read_checkpoint()
         rows = self.selection.rows
@@ -206,6 +217,25 @@ class Run:
             self.total_steps = max(1, round(config.num_train_epochs * self.plan.updates_per_epoch))
         self.cut = CutSettings(rank, processes, config.per_device_train_batch_size, config.max_batch_seconds)
         self.eval_cut = CutSettings(rank, processes, config.per_device_eval_batch_size, config.max_batch_seconds)
+
+    def _identity(self) -> dict[str, object]:
+        """What decides the meaning of a run: its data, its texts, its model, the order and size of its steps."""
+        config = self.config
+        sets = {"train": self.train_set, "evaluation": self.eval_set, "test": self.test_set}
+        settings = (
+            "seed num_train_epochs max_steps learning_rate warmup_steps lr_scheduler_type weight_decay max_grad_norm "
+            "freeze_feature_encoder max_eval_samples"
+        )
+        return {
+            **{f"the {name} data": one.fingerprint for name, one in sets.items() if one is not None},
+            "the selection of training utterances": hashlib.sha256(self.selection.rows.tobytes()).hexdigest(),
+            "the evaluated utterances": hashlib.sha256(self.eval_rows.tobytes()).hexdigest(),
+            "the vocabulary": dict(self.vocabulary.token_ids),
+            "case": self.normalizer.case,
+            "characters_to_ignore": self.normalizer.characters_to_ignore,
+            "the shape of the model": {name: list(value.shape) for name, value in self.model.hf.named_parameters()},
+            **{name: getattr(config, name) for name in settings.split()},
+        }
 
     def _begin(self) -> None:
         """Say what will happen, then make the run directory."""
@@ -225,12 +255,20 @@ class Run:
             preflight.write_drop_list(self.folder / "drop_list.csv", self.train_set, self.selection)
 
     def _read_checkpoint(self) -> None:
-        """The state of the checkpoint to resume from, when it belongs to this data and vocabulary."""
+        """The state of the checkpoint to resume from, when it belongs to this very run."""
         self.checkpoint = self._find_checkpoint()
         saved = RunState(**checkpoint.load_state(self.checkpoint)["run"])
-        for name, meaning in (("data_fingerprint", "training data"), ("vocabulary", "vocabulary")):
-            if getattr(saved, name) != getattr(self.state, name):
-                raise UsageError(f"{self.checkpoint} was made with another {meaning}: choose another --output_dir")
+        own = self.state.identity
+        changed = [name for name in own if own[name] != saved.identity.get(name)]
+        if changed:
+            was = [
+                f"{name} (was {saved.identity.get(name)}, is {own[name]})" if name in vars(self.config) else name
+                for name in changed
+            ]
+            raise UsageError(
+                f"{self.checkpoint} belongs to another run, different in {', '.join(was)}: use the settings of "
+                f"{self.folder / 'config.yaml'}, or another --output_dir"
+            )
         self.state = saved
 
     def _find_checkpoint(self) -> Path:
@@ -265,7 +303,11 @@ class Run:
             self._open_tables()
             self.log.truncate(self.state.log_bytes)
             self.samples.truncate(self.state.sample_bytes)
-            print(f"resumed from {self.checkpoint} at step {self.state.step} of {self.total_steps}", flush=True)
+            disk = preflight.check_disk(self.folder, self._disk_bytes())
+            later = [path.name for path in checkpoint.list_checkpoints(self.folder) if path.name > self.checkpoint.name]
+            note = f"; {', '.join(later)} will be replaced" if later else ""
+            said = f"resumed     from {self.checkpoint} at step {self.state.step} of {self.total_steps}{note}"
+            print("\n".join([*self._describe(disk), said]), flush=True)
         self.accelerator.wait_for_everyone()
 
     def _open_tables(self) -> None:
@@ -373,11 +415,7 @@ class Run:
         self.meter.clear()
         loss = sums["loss"] / max(sums["labels"], 1)
         grad_norm = float(self.meter.grad_norm)
-        if not np.isfinite(loss):
-            raise RunFailed(
-                f"training loss {loss} at step {self.state.step}: lower --learning_rate or raise --warmup_steps; "
-                f"{self.folder / 'checkpoints'} holds the last good state"
-            )
+        self.meter.check_progress(self.state.step, self.folder)
         self.state.sums = [total + new for total, new in zip(self.state.sums, sums.values(), strict=True)]
         seconds = max(sums["seconds"], 1e-9)
         self.meter.note = f"loss {loss:.3f}"
@@ -396,6 +434,7 @@ class Run:
             "audio_seconds_per_second": sums["samples"] / SAMPLE_RATE_HZ / seconds,
             "padding_fraction": 1 - sums["samples"] / max(sums["padded_samples"], 1),
             "scaler_skips": self.state.sums[METER_SUMS.index("scaler_skips")],
+            "bad_updates": self.state.sums[METER_SUMS.index("bad_updates")],
         }
 
     def _log_row(self, values: dict[str, float], progress: Progress) -> None:
@@ -415,9 +454,11 @@ class Run:
 
     def _save_best(self) -> None:
         temporary = self.folder / "model.new"
-        save_model(self.loaded, temporary)
-        rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
-        (temporary / "text_rules.json").write_text(json.dumps(rules, ensure_ascii=False, indent=1), encoding="utf-8")
+        with reporting_disk_errors(self.folder / "model"):
+            save_model(self.loaded, temporary)
+            rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
+            text = json.dumps(rules, ensure_ascii=False, indent=1)
+            (temporary / "text_rules.json").write_text(text, encoding="utf-8")
         replace_folder(temporary, self.folder / "model")
 
     def _elapsed_seconds(self) -> float:
@@ -425,6 +466,31 @@ class Run:
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.folder / name, text)
+
+
+def refuse_occupied_folder(config: TrainConfig) -> None:
+    """A new run needs a folder of its own.
+
+    Raises:
+        UsageError: --output_dir holds a run (with the command that resumes it) or anything else.
+    """
+    folder = Path(config.output_dir)
+    if (
+        config.resume_from_checkpoint is not None
+        or not folder.exists()
+        or (folder.is_dir() and not any(folder.iterdir()))
+    ):
+        return
+    elsewhere = "start over with another --output_dir"
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(f"--output_dir {folder} is not an empty folder: {elsewhere}")
+    if not checkpoint.list_checkpoints(folder):
+        raise UsageError(f"{folder} holds a run that stopped before its first checkpoint: delete it, or {elsewhere}")
+    state = "a finished run" if (folder / "train_results.json").is_file() else "a run"
+    raise UsageError(
+        f"{folder} holds {state}: resume it with train.py --config {folder / 'config.yaml'} "
+        f"--resume_from_checkpoint last, or {elsewhere}"
+    )
 
 
 def evaluation_values(score: Score) -> dict[str, float]:

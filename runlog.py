@@ -37,6 +37,7 @@ LOG_COLUMNS = {
     "padding_fraction": "share of padding in what was trained on since the last row",
     "blank_fraction": "share of dev frames decoded as blank",
     "scaler_skips": "updates skipped by the fp16 loss scaler since the start",
+    "bad_updates": "updates left out for a gradient that is not finite, since the start",
     "eval_runtime": "seconds of the evaluation",
     "peak_memory_mb": "of the GPU where there is one, else of the process",
     "elapsed_seconds": "of training since the start, resumes included",

@@ -7,13 +7,15 @@ Debugging, without the launcher:   python train.py --config ... --max_train_samp
                                    --dataloader_num_workers 0
 """
 
-from errors import exit_status
+from errors import RunFailed, UsageError, exit_status
 
 # isort: split
 
+import contextlib
 import itertools
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from metrics import Score, score_batch
 from model import ctc_loss_sum
 from processes import start_processes
 from progress import Progress, format_seconds
-from run import Run
+from run import Run, refuse_occupied_folder
 from schedule import learning_rate_at
 from text import required_frames
 
@@ -40,11 +42,13 @@ def main() -> None:
     config = parse_arguments(TrainConfig, arguments, __doc__)
     accelerator = start_processes(config.report_to, config.output_dir)
     try:
+        refuse_occupied_folder(config)
         if config.demo_corpus:
             prepare_demo(config, accelerator)
         run = Run(config, accelerator)
-        train(run)
-        finish(run)
+        with failing_by_name():
+            train(run)
+            finish(run)
     finally:
         accelerator.end_training()
 
@@ -100,6 +104,10 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
         group["lr"] = learning_rate_at(
             update.step, config.lr_scheduler_type, config.learning_rate, config.warmup_steps, run.total_steps
         )
+    if accelerator.scaler is None:
+        # The scaler's own way to leave an update out, for fp32 and bf16: no weight ever becomes NaN.
+        fused = run.optimizer.optimizer
+        fused.grad_scale, fused.found_inf = None, (~torch.isfinite(grad_norm)).float()
     run.optimizer.step()
     return loss_sum, grad_norm
 
@@ -134,10 +142,12 @@ def score_one(run: Run, batch: Batch) -> tuple[Score, list[str]]:
     logits_BTV, frame_lengths_B, loss_B = forward(run, batch)
     # A row with more labels than frames has no CTC loss; its words are counted, its labels do not thin the loss out.
     labels = batch.labels_L.split(batch.label_lengths_B.tolist())
-    has_loss = [frames >= required_frames(row.numpy()) for frames, row in zip(frame_lengths_B, labels, strict=True)]
+    has_loss = [
+        frames >= required_frames(row.numpy()) for frames, row in zip(frame_lengths_B.tolist(), labels, strict=True)
+    ]
     return score_batch(
         logits_BTV, frame_lengths_B, run.vocabulary, batch.texts, batch.raw_texts,
-        loss_sum=float(loss_B.sum()), labels=int(batch.label_lengths_B[has_loss].sum()),
+        loss_sum=float(loss_B.sum()), labels=int(batch.label_lengths_B[torch.tensor(has_loss)].sum()),
     )  # fmt: skip
 
 
@@ -199,24 +209,43 @@ def finish(run: Run) -> None:
 
 def summary(run: Run, results: dict[str, float]) -> list[str]:
     """The lines at the end: figures, where things lie, how to use the model."""
+    is_demo = run.config.demo_corpus
     lines = ["", f"finished: {run.state.step} updates in {format_seconds(results['train_runtime'])} of training"]
     for name, meaning in (
         ("best_eval_wer", f"{run.eval_set.folder.name} WER, best at step {run.state.best_step}"),
         ("test_wer", "test WER, best model"),
-        ("test_wer_seen_speakers", "  voices heard in training"),
-        ("test_wer_unseen_speakers", "  voices never heard"),
+        ("test_wer_seen_speakers", "  unseen strings, known voices" if is_demo else "  voices heard in training"),
+        ("test_wer_unseen_speakers", "  unseen strings, unseen voice" if is_demo else "  voices never heard"),
     ):
         if name in results:
             before = results.get(f"{name.replace('best_', '')}_before")
             behind = f"   (before training {before:.2%})" if before is not None else ""
             lines.append(f"  {meaning:<32} {results[name]:7.2%}{behind}")
     folder = run.folder
+    clip = Path(run.config.data_dir) / "demo_corpus" / run.test_set[0].id if is_demo and run.test_set else "CLIP.wav"
     return [
         *lines,
         f"  log {folder / 'training_log.csv'}, plot {folder / 'training_curve.png'}, model {folder / 'model'}",
-        "use it: python -c \"from transformers import pipeline; print(pipeline('automatic-speech-recognition', "
-        f"model='{folder / 'model'}')('AUDIO.wav')['text'])\"",
+        'use it: python -c "import soundfile; from transformers import pipeline; '
+        f"raw, rate = soundfile.read('{clip}'); "
+        f"print(pipeline('automatic-speech-recognition', model='{folder / 'model'}')"
+        "({'raw': raw, 'sampling_rate': rate})['text'])\"",
     ]
+
+
+@contextlib.contextmanager
+def failing_by_name() -> Iterator[None]:
+    """Once the run has begun, what goes wrong is a failed run (status 1), said by the rank that it happened to."""
+    try:
+        yield
+    except UsageError as error:
+        # DataLoader puts the trace of its worker before the message.
+        raise RunFailed(str(error).strip().splitlines()[-1].removeprefix("errors.UsageError: ")) from error
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"out of memory ({str(error).splitlines()[0]}): lower --per_device_train_batch_size and raise "
+            "--gradient_accumulation_steps by the same factor, or give --max_batch_seconds or --gradient_checkpointing"
+        ) from error
 
 
 def prepare_demo(config: TrainConfig, accelerator: Accelerator) -> None:

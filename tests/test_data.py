@@ -211,6 +211,21 @@ def test_a_part_that_lacks_a_column_or_its_checksum_is_named(prepared: Path) -> 
         _ = dataset.fingerprint
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damage_behind_the_lengths_is_named_when_its_row_is_read(prepared: Path, num_workers: int) -> None:
+    part = prepared / "train" / "part_2"
+    dataset = ShardDataset(prepared / "train")
+    # Done to a part that was whole at the start, as by a failing disk.
+    data = bytearray((part / "data.arrow").read_bytes())
+    data[600:664] = b"\xff" * 64
+    with (part / "data.arrow").open("r+b") as file:
+        file.write(data)
+    cut = CutSettings(rank=0, num_processes=1, max_utterances=2)
+    loader = evaluation_loader(dataset, np.arange(13), make_collator(), cut, num_workers)
+    with pytest.raises(UsageError, match=r"part_2 is damaged.*delete it and run prepare.py again"):
+        list(loader)
+
+
 def test_an_unknown_column_is_refused_with_the_known_ones(prepared: Path) -> None:
     with pytest.raises(UsageError, match="no column 'accent'; it has id, audio, num_samples, text, speaker"):
         list(ShardDataset(prepared / "train").column("accent"))

@@ -15,11 +15,14 @@ import pyarrow as pa
 import pytest
 import soundfile
 
+import corpora
 import prepare as prepare_module
+import progress
 import shards
+import splits
 from audio import ClipRequest, read_clip
 from config import PrepareConfig
-from corpora import DROP_REASONS, OWN_COLUMNS
+from corpora import DROP_REASONS, OWN_COLUMNS, sentence_key
 from errors import RunFailed, UsageError
 from prepare import prepare
 
@@ -226,6 +229,42 @@ def test_killed_and_started_again(tmp_path, capsys):
     assert "every part is there already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "deleted",
+    [
+        ["train/part_1"],
+        ["train/part_2"],
+        ["train/part_3"],
+        ["train/part_1", "train/part_2"],
+        ["train/part_1", "train/part_3", "dev/part_1"],
+    ],
+)
+def test_parts_that_were_deleted_are_made_again_and_the_others_kept(tmp_path, deleted):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 30, "dev": 12})
+    out = tmp_path / "out"
+    run(corpus, out, chunk_size=10)
+    before, kept = checksums(out), snapshot(out)
+    for name in deleted:
+        shutil.rmtree(out / name)
+        kept = {path: facts for path, facts in kept.items() if f"/{name}/" not in path}
+    run(corpus, out, chunk_size=10)
+    assert checksums(out) == before
+    found = snapshot(out)
+    assert {path: found[path] for path in kept if "/part_" in path} == {
+        path: facts for path, facts in kept.items() if "/part_" in path
+    }
+
+
+def test_a_change_behind_a_deleted_part_is_still_refused(tmp_path):
+    corpus, out = write_corpus(tmp_path / "corpus", {"train": 9}), tmp_path / "out"
+    run(corpus, out, chunk_size=3)
+    shutil.rmtree(out / "train/part_1")
+    manifest = corpus / "manifest.csv"
+    manifest.write_text(manifest.read_text().replace("text 7", "changed"))
+    with pytest.raises(UsageError, match="part_3 was made from other rows or files"):
+        run(corpus, out, chunk_size=3)
+
+
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {
         str(path): (path.stat().st_mtime_ns, path.stat().st_size)
@@ -414,6 +453,100 @@ def test_the_main_process_and_the_caller_stay_light(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("imported") == 1
     assert done.stdout.rstrip().endswith("False")
+
+
+CV_HEADER = "client_id\tpath\tsentence\n"
+
+
+def write_validated_corpus(folder: Path) -> Path:
+    """Common Voice: 12 validated rows, every third with a sentence of dev or a speaker of test."""
+    (folder / "clips").mkdir(parents=True)
+    tables: dict[str, list[str]] = {"validated": [], "dev": [], "test": []}
+    for table, count in (("validated", 12), ("dev", 3), ("test", 3)):
+        for clip in range(count):
+            soundfile.write(folder / "clips" / f"{table}{clip}.wav", np.full(100 + clip, 0.1), 16_000)
+            speaker = f"test{clip}" if table == "validated" and clip % 6 == 0 else f"{table}{clip}"
+            sentence = f"Dev, {clip % 2}!" if table == "validated" and clip % 6 == 3 else f"{table} {clip}"
+            tables[table].append(f"{speaker}\t{table}{clip}.wav\t{sentence}\n")
+    for table, rows in tables.items():
+        (folder / f"{table}.tsv").write_text(CV_HEADER + "".join(rows))
+    return folder
+
+
+def test_rows_are_judged_once_however_often_they_are_read(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(corpora, "sentence_key", lambda text: calls.append(text) or sentence_key(text))
+    monkeypatch.setattr(splits, "sentence_key", lambda text: calls.append(text) or sentence_key(text))
+    validated, out = write_validated_corpus(tmp_path / "cv"), tmp_path / "out"
+    run(validated, out, train_split="validated", chunk_size=5)
+    assert len(calls) == 3 + 3 + 12, "dev, test and validated in the first pass"
+    assert Counter(reason for _, _, reason in dropped(out)) == {"held_out_sentence": 2, "held_out_speaker": 1}
+    before = checksums(out)
+    shutil.rmtree(out / "train/part_1")
+    run(validated, out, train_split="validated", chunk_size=5)
+    assert checksums(out) == before
+    calls.clear()
+    run(write_corpus(tmp_path / "corpus", {"train": 20}), tmp_path / "divided", split_by="sentence", chunk_size=5)
+    assert len(calls) == 2 * 20, "once to divide, once to scan"
+
+
+def test_a_corpus_that_changes_meanwhile_stops_the_run(tmp_path, monkeypatch):
+    corpus, out = write_corpus(tmp_path / "corpus", {"train": 6, "dev": 2}), tmp_path / "out"
+    scan = prepare_module._scan
+
+    def edit_after_scan(*arguments):
+        found = scan(*arguments)
+        with (corpus / "manifest.csv").open("a") as file:
+            file.write("train0.wav,more,s0,train,\n")
+        return found
+
+    monkeypatch.setattr(prepare_module, "_scan", edit_after_scan)
+    with pytest.raises(RunFailed, match="changed while they were read: run the same command again"):
+        run(corpus, out)
+    monkeypatch.undo()
+    run(corpus, out)
+
+
+def test_reading_and_checking_show_how_far_they_are(tmp_path, monkeypatch, capsys):
+    corpus, out = write_corpus(tmp_path / "corpus", {"train": 6, "dev": 2}), tmp_path / "out"
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_PLAIN_LINES", 0.0)
+    monkeypatch.setattr(prepare_module, "ROWS_PER_ADVANCE", 4)
+    run(corpus, out, chunk_size=2)
+    said = capsys.readouterr().err
+    assert "reading rows, pass 1: 4/9 (44%)" in said, "lines of the file, its header included"
+    assert "reading rows, pass 2: 8/8 (100%)" in said and " rows/s" in said
+    assert "checking" not in said
+    for name in ("train/part_1", "train/part_3"):
+        shutil.rmtree(out / name)
+    run(corpus, out, chunk_size=2)
+    said = capsys.readouterr().err
+    assert "checking finished parts: 6/6 (100%)" in said, "two parts of train and one of dev"
+    assert "passing over train/part_2: 2/2 (100%)" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"a\nb", 2), (b"a\r\nb\r\n", 2), (b"x\n" * 600_001, 600_001)]
+)
+def test_lines_are_counted_over_all_files_and_missing_ones_left_to_the_reader(tmp_path, text, lines):
+    files = [tmp_path / name for name in ("a.csv", "b.csv", "gone.csv")]
+    for path in files[:2]:
+        path.write_bytes(text)
+    corpus = corpora.Corpus("manifest", tmp_path, lambda: iter(()), files=lambda: files)
+    assert corpus.count_lines() == 2 * lines
+    before = corpus.state()
+    assert corpus.state() == before
+    files[2].write_bytes(b"")
+    assert corpus.state() != before
+
+
+def test_every_layout_names_its_files(tmp_path):
+    chapter = tmp_path / "libri/train-clean/1/2"
+    chapter.mkdir(parents=True)
+    (chapter / "1-2.trans.txt").write_text("1-2-0 A\n1-2-1 B\n")
+    assert corpora.open_corpus(tmp_path / "libri").count_lines() == 2
+    validated = corpora.open_corpus(write_validated_corpus(tmp_path / "cv"), "validated")
+    assert sorted(path.name for path in validated.files()) == ["dev.tsv", "test.tsv", "validated.tsv"]
+    assert corpora.open_corpus(write_corpus(tmp_path / "table", {"train": 4})).count_lines() == 5
 
 
 # --- real corpora

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ import processes
 import train
 from config import TrainConfig
 from data import CutSettings, ShardDataset, training_loader
-from errors import exit_status
+from errors import UsageError, exit_status
 from metrics import ErrorCounts, Score
 from processes import start_processes
 from run import Run
@@ -42,7 +43,7 @@ from runlog import LOG_COLUMNS, read_log
 
 TRAINING_COLUMNS = (
     "train_loss", "learning_rate", "grad_norm", "samples_per_second", "audio_seconds_per_second", "padding_fraction",
-    "scaler_skips", "peak_memory_mb", "elapsed_seconds",
+    "scaler_skips", "bad_updates", "peak_memory_mb", "elapsed_seconds",
 )  # fmt: skip
 EVALUATION_COLUMNS = (
     "eval_loss", "eval_wer", "eval_cer", "eval_raw_wer", "eval_sentence_error_rate", "eval_near_ties",
@@ -575,8 +576,16 @@ def test_resume_refuses_other_data_and_changes_nothing(
     before = tree(tmp_path / "run")
     flags = ("--config", recipe, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "last")
     capsys.readouterr()
-    for changed, named in ((("--data_dir", tmp_path / "other"), "training data"), (("--case", "keep"), "vocabulary")):
-        assert command(*flags, *changed) == 2
+    for flag, value, named in (
+        ("--data_dir", tmp_path / "other", "the train data"),
+        ("--case", "keep", "the vocabulary"),
+        ("--seed", 7, "seed (was 42, is 7)"),
+        ("--max_steps", 9, "max_steps (was 5, is 9)"),
+        ("--learning_rate", 0.1, "learning_rate"),
+        ("--train_fraction", 0.5, "the selection"),
+        ("--max_eval_samples", 2, "the evaluated utterances"),
+    ):
+        assert command(*flags, flag, value) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert named in error
@@ -757,19 +766,41 @@ def test_processes_that_do_not_see_each_other_are_refused(
 def test_output_folder_of_another_run_is_left_alone(
     finished: Finished, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
-    unfinished, foreign = tmp_path / "unfinished", tmp_path / "foreign"
+    unfinished, begun, foreign = tmp_path / "unfinished", tmp_path / "begun", tmp_path / "foreign"
     shutil.copytree(finished.folder, unfinished)
     (unfinished / "train_results.json").unlink()
+    _write(begun / "config.yaml", "")
     _write(foreign / "notes.txt", "mine")
     recipe = write_recipe(tmp_path / "recipe.yaml", finished.data_dir)
-    for folder, state in ((finished.folder, "a finished run"), (unfinished, "a run"), (foreign, "other files")):
+    resume = "resume it with train.py --config {folder}/config.yaml --resume_from_checkpoint last"
+    for folder, said in (
+        (finished.folder, f"holds a finished run: {resume}"),
+        (unfinished, f"holds a run: {resume}"),
+        (begun, "holds a run that stopped before its first checkpoint"),
+        (foreign, "is not an empty folder"),
+    ):
         before = tree(folder)
         assert command("--config", recipe, "--output_dir", folder) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"error: {folder} holds ")
-        assert state in error
-        assert "--resume_from_checkpoint last" in error
+        assert said.format(folder=folder) in error
+        assert error.startswith("error: ") and "another --output_dir" in error
         assert tree(folder) == before
+
+
+def test_command_that_the_refusal_names_resumes_the_run(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
+    flags = ("--config", recipe, "--output_dir", tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "train_step", 3)
+        command(*flags)
+    assert command(*flags) == 2
+    printed = re.search(r"resume it with train.py (.*), or", capsys.readouterr().err)[1]
+    assert command(*printed.split()) == 0
+    screen = capsys.readouterr().out
+    assert "resumed     from" in screen
+    assert "update      8 per micro-batch" in screen
 
 
 def test_training_ends_the_processes_on_every_path(
@@ -787,23 +818,85 @@ def test_training_ends_the_processes_on_every_path(
     assert len(ended) == 3
 
 
-def test_loss_that_is_not_finite_fails_and_names_the_last_good_state(
-    prepared: Path, tmp_path: Path, command: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
+def break_losses(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[int], bool]) -> None:
     original = train.forward
 
     def forward(run: Run, batch: train.Batch) -> tuple[torch.Tensor, ...]:
         logits_BTV, frame_lengths_B, loss_B = original(run, batch)
-        return logits_BTV, frame_lengths_B, loss_B * (float("nan") if run.state.step == 3 else 1.0)
+        breaks = run.model.training and is_broken(run.state.step)
+        return logits_BTV, frame_lengths_B, loss_B * (float("nan") if breaks else 1.0)
 
     monkeypatch.setattr(train, "forward", forward)
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
+
+
+def test_update_with_a_gradient_that_is_not_finite_is_left_out_and_counted(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 12: no weight and no moment becomes NaN, and the loss of the other updates stays readable."""
+    break_losses(monkeypatch, lambda step: step == 2)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, logging_steps=2, save_steps=1, save_total_limit=9)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    weights = [
+        load_file(tmp_path / "run" / "checkpoints" / f"step_{step:06d}" / "tensors.safetensors") for step in (2, 3, 5)
+    ]
+    assert all(tensor.isfinite().all() for tensors in weights for tensor in tensors.values())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
+    log = read_log(tmp_path / "run" / "training_log.csv")
+    assert log["bad_updates"].tolist() == [0, 1, 1]
+    assert np.isfinite(log["train_loss"]).all()
+
+
+def test_run_whose_updates_are_all_left_out_fails(
+    prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    break_losses(monkeypatch, lambda step: step >= 3)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2, max_steps=30, logging_steps=5)
     assert command("--config", recipe, "--output_dir", tmp_path / "run") == 1
     error = capsys.readouterr().err
-    assert error.startswith("failed: training loss nan at step 4")
-    assert "checkpoints" in error
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    assert error.startswith("failed: the last 12 updates before step 15 had gradients that are not finite")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "tensors.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 GiB"), "--gradient_accumulation_steps"),
+        (UsageError("Caught UsageError in worker\nTrace\nerrors.UsageError: part_1 is damaged"), "part_1 is damaged"),
+    ],
+    ids=["memory", "shard"],
+)
+def test_failure_inside_the_run_is_one_line(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], error: Exception, said: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "train_step", fail)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 1
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert len([line for line in printed.splitlines() if line.startswith("failed: ")]) == 1
+
+
+def test_evaluation_loss_does_not_count_labels_that_have_no_alignment(make_run: Callable[..., Run]) -> None:
+    """Two of three rows fit their frames: the loss per label is that of the two."""
+    run = make_run()
+    batch = run.collate([run.train_set[row] for row in range(3)], np.arange(3))
+    with torch.no_grad():
+        run.model.eval()
+        whole, _ = train.score_one(run, batch)
+        kept, _ = train.score_one(run, run.collate([run.train_set[row] for row in (0, 2)], np.array([0, 2])))
+        text = "AB" * 100
+        utterance = dataclasses.replace(run.train_set[1], text=text)
+        mixed, _ = train.score_one(run, run.collate([run.train_set[0], utterance, run.train_set[2]], np.arange(3)))
+    assert mixed.labels == kept.labels < whole.labels
+    assert mixed.loss == pytest.approx(kept.loss, rel=1e-5)
+    assert mixed.utterances == 3
 
 
 # --- The demo ------------------------------------------------------------------------------------------------------
@@ -824,7 +917,7 @@ def test_demo_in_small_runs_from_nothing(
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(recipe | few))
     assert command() == 0
     screen = capsys.readouterr().out
-    assert "voices never heard" in screen
+    assert "unseen strings, unseen voice" in screen
     assert "use it: python -c" in screen
     results = json.loads((tmp_path / "runs" / "demo" / "train_results.json").read_text())
     assert results["train_samples"] == 24
@@ -852,6 +945,11 @@ def test_demo_learns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with capsys.disabled():
         print(f"\ndemo: test WER {results['test_wer']:.2%}, {log['elapsed_seconds'].iloc[-1]:.0f} s of training")
         print(done.stdout[-1200:])
+    # The line that shows how to use the model, as it was printed.
+    line = re.search(r"use it: (python -c .*)", done.stdout)[1]
+    said = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert set(said.stdout.split()) <= {word.upper() for word in demo.DIGIT_WORDS}, said.stderr[-2000:]
+    assert said.stdout.split()
     assert results["test_wer_seen_speakers"] <= 0.05
     before = tree(tmp_path / "runs"), tree(tmp_path / "data")
     again = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=300)
