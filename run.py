@@ -66,7 +66,7 @@ MAX_SCALER_SKIPS = 40
 
 
 class Meter:
-    """Sums since the last row of the log. Loss and left-out updates stay on the device, so that no step waits for it."""
+    """Sums since the last row of the log. The loss stays on the device, so that no step waits for it."""
 
     def __init__(self, accelerator: Accelerator, pending: list[float]) -> None:
         self.accelerator = accelerator

@@ -7,11 +7,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from accelerate.utils import DistributedType, DynamoBackend
 
 REPOSITORY = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -64,6 +66,14 @@ def write_recipe(path: Path, data_dir: Path, **settings: object) -> Path:
     }
     path.write_text(yaml.safe_dump(recipe | settings))
     return path
+
+
+def alone(
+    distributed_type: DistributedType = DistributedType.NO, backend: DynamoBackend = DynamoBackend.NO
+) -> SimpleNamespace:
+    """An Accelerator that sees one process."""
+    state = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=backend))
+    return SimpleNamespace(num_processes=1, distributed_type=distributed_type, state=state)
 
 
 def write_part(folder: Path, rows: Sequence[tuple[str, np.ndarray, str, str]], rows_per_batch: int = 3) -> None:

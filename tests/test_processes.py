@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType, DynamoBackend
+from conftest import alone
 from torch import nn
 
 import processes
@@ -24,7 +26,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
     def accelerator(**settings: object) -> SimpleNamespace:
         made.append(settings)
-        return SimpleNamespace(num_processes=1)
+        return alone()
 
     for name in LAUNCHER_SETTINGS:
         monkeypatch.delenv(name, raising=False)
@@ -63,6 +65,30 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match=r"started 2 processes, and this one sees 1: .*--num_processes"):
         start_processes([], "runs/x")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"distributed_type": DistributedType.FSDP}, "asks for FSDP, which this loop does not do"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, "asks for DEEPSPEED, which this loop does not do"),
+        ({"backend": DynamoBackend.INDUCTOR}, "torch.compile.*--dynamo_backend no"),
+    ],
+    ids=["fsdp", "deepspeed", "dynamo"],
+)
+def test_modes_that_the_loop_would_ignore_are_refused(
+    found: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: alone(**found))
+    with pytest.raises(UsageError, match=message):
+        start_processes([], "runs/x")
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate leaves it out without a word."""
+    monkeypatch.setattr(processes, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(UsageError, match="--report_to wandb needs a package that is not installed: pip install wandb"):
+        start_processes(["tensorboard", "wandb"], "runs/x")
 
 
 @pytest.mark.parametrize(

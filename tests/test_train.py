@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +24,16 @@ import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from architectures import LARGE_960H, XLS_R_300M, Architecture, write_published_like_checkpoint
-from conftest import REPOSITORY, TALKATIVE, TINY_GROUP_NORM_MODEL, TINY_MODEL, make_rows, write_part, write_recipe
+from conftest import (
+    REPOSITORY,
+    TALKATIVE,
+    TINY_GROUP_NORM_MODEL,
+    TINY_MODEL,
+    alone,
+    make_rows,
+    write_part,
+    write_recipe,
+)
 from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import get_scheduler, pipeline
@@ -756,7 +764,7 @@ def test_processes_that_do_not_see_each_other_are_refused(
 ) -> None:  # fmt: skip
     """Trap 9: the launcher started two, and each believes that it is alone."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(processes, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: alone())
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
     assert command("--config", recipe, "--output_dir", tmp_path / "run") == 2
     assert "started 2 processes, and this one sees 1" in capsys.readouterr().err
