@@ -53,7 +53,6 @@ class RunState:
     """Of the whole run, up to the last row of the log."""
     pending_sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
     """Since the last row of the log."""
-    train_seconds: float = 0.0
     elapsed_seconds: float = 0.0
     log_bytes: int = 0
     sample_bytes: int = 0
