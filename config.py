@@ -6,6 +6,7 @@ and all errors are shown at once.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -127,6 +128,8 @@ class TrainConfig:
     """Shorter training clips are left out; dev and test are always scored whole."""
     max_duration_in_seconds: float = 20.0
     """Longer training clips are left out; dev and test are always scored whole."""
+    prune_suspects: bool = False
+    """Leave out training clips whose labels per second lie outside the corpus' own range (suspects.csv)."""
     do_predict: bool = True
     """Score the test split with the best model at the end (and before training, where the head fits)."""
 
@@ -136,9 +139,12 @@ class TrainConfig:
     """Utterances per evaluation batch; has no influence on the result."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per update."""
-    max_batch_seconds: float | None = None
+    max_batch_seconds: float | Literal["auto"] | None = None
     """Cut micro-batches and evaluation batches by padded seconds of audio instead of by count; the utterances per
-    update stay."""
+    update stay. `auto` searches the largest number that fits into memory with a margin, and prints it."""
+    memory_limit_mb: float | None = None
+    """Megabytes (10^6 bytes) that each process may use, of the GPU or, without one, of the host; all that is free
+    when not given."""
     dataloader_num_workers: int = 1
     """Processes per rank that load and pad ahead of the loop; 0 loads in the training process (for pdb)."""
 
@@ -169,15 +175,25 @@ class TrainConfig:
     """Checkpoints kept; the best model is kept apart, in model/."""
     resume_from_checkpoint: str | None = None
     """`last`, or a checkpoint folder of this run."""
+    preflight: Literal["refuse", "warn"] = "refuse"
+    """What a check before step 1 that refuses does: `refuse` stops the run, `warn` is shown and goes on."""
+    max_bad_updates: int = 10
+    """Stop after this many updates in a row whose loss or gradient is not finite; each is left out and listed in
+    bad_batches.csv."""
     report_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)
     """Trackers to write to besides training_log.csv."""
     demo_corpus: bool = False
     """Make and prepare the built-in corpus of spoken digits in data_dir when it is not there."""
 
+    @property
+    def needed_folders(self) -> dict[str, str]:
+        """Folders that must be named, with what they are."""
+        return {"data_dir": "the folder that prepare.py wrote", "output_dir": "the run directory"}
+
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         found = []
-        for name, meaning in (("data_dir", "the folder that prepare.py wrote"), ("output_dir", "the run directory")):
+        for name, meaning in self.needed_folders.items():
             if not getattr(self, name):
                 found.append(f"--{name} is missing: name {meaning}")
         if (self.model_name_or_path is None) == (self.model_config is None):
@@ -192,6 +208,7 @@ class TrainConfig:
             "eval_steps",
             "save_steps",
             "save_total_limit",
+            "max_bad_updates",
         ):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
@@ -201,9 +218,9 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "max_duration_in_seconds"):
             if not getattr(self, name) > 0:
                 found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
-        for name in ("max_train_samples", "max_eval_samples", "max_batch_seconds"):
+        for name in ("max_train_samples", "max_eval_samples", "max_batch_seconds", "memory_limit_mb"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, "auto") and not value > 0:
                 found.append(f"--{name} is {value}, it must be above 0")
         if not 0 < self.train_fraction <= 1:
             found.append(f"--train_fraction is {self.train_fraction}, it must lie in (0, 1]")
@@ -217,6 +234,19 @@ class TrainConfig:
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
+
+
+@dataclass(frozen=True)
+class PreflightConfig(TrainConfig):
+    """Settings of preflight.py: those of the run that it checks, and its own."""
+
+    strict: bool = False
+    """Refuse on warnings too."""
+
+    @property
+    def needed_folders(self) -> dict[str, str]:
+        """The report goes to DATA_DIR/preflight where no run directory is named."""
+        return {"data_dir": "the folder that prepare.py wrote"}
 
 
 def parse_arguments(config_class: type[Config], arguments: list[str], description: str) -> Config:
@@ -254,11 +284,12 @@ def write_config(config: Any, header: str) -> str:
 
 def field_docstrings(config_class: type) -> dict[str, str]:
     """The docstring under each field of a dataclass, as one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
     found = {}
-    for field, docstring in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr):
-            found[field.target.id] = " ".join(ast.literal_eval(docstring.value).split())
+    for one in reversed([base for base in config_class.__mro__ if dataclasses.is_dataclass(base)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body
+        for field, docstring in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr):
+                found[field.target.id] = " ".join(ast.literal_eval(docstring.value).split())
     return found
 
 
@@ -348,10 +379,8 @@ def _build_config(config_class: type[Config], values: dict[str, Any]) -> tuple[C
 
 def _convert(value: Any, kind: Any) -> Any:
     """A value from YAML or from a flag (always text) as `kind`; ValueError when it is not one."""
-    if _without_none(kind) is not kind:
-        if value is None or value in ("none", "null"):
-            return None
-        kind = _without_none(kind)
+    if _is_union(kind):
+        return _convert_to_any(value, typing.get_args(kind))
     if value is None:
         raise ValueError
     if _is_list(kind):
@@ -366,6 +395,17 @@ def _convert(value: Any, kind: Any) -> Any:
             raise ValueError
         return value
     return _convert_scalar(value, kind)
+
+
+def _convert_to_any(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """The first of `kinds` that takes the value."""
+    if types.NoneType in kinds and (value is None or value in ("none", "null")):
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
+    for kind in kinds[:-1]:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            return _convert(value, kind)
+    return _convert(value, kinds[-1])
 
 
 def _convert_scalar(value: Any, kind: type) -> Any:
@@ -389,10 +429,15 @@ def _convert_scalar(value: Any, kind: type) -> Any:
     return str(value)
 
 
-def _without_none(kind: Any) -> Any:
+def _is_union(kind: Any) -> bool:
     # `Literal[...] | None` is a typing.Union, `int | None` a types.UnionType.
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return next(member for member in typing.get_args(kind) if member is not type(None))
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+def _without_none(kind: Any) -> Any:
+    """The first kind that is not None."""
+    if _is_union(kind):
+        return next(member for member in typing.get_args(kind) if member is not types.NoneType)
     return kind
 
 
@@ -401,8 +446,9 @@ def _is_list(kind: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    if _without_none(kind) is not kind:
-        return f"{_type_name(_without_none(kind))} or none"
+    if _is_union(kind):
+        members = [member for member in typing.get_args(kind) if member is not types.NoneType]
+        return " or ".join([*map(_type_name, members), "none"])
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if _is_list(kind):

@@ -321,6 +321,7 @@ class Batch:
         raw_texts: references as found, B.
         input_values_BS: float32 waveforms, zero behind each row's end.
         sample_lengths_B: int64 lengths of the rows.
+        frame_lengths_B: int64 frames that the encoder makes of them.
         labels_L: int64 labels of all rows, one behind the other.
         label_lengths_B: int64 number of labels per row.
         time_mask_BT: frames to mask in training, or None.
@@ -332,6 +333,7 @@ class Batch:
     raw_texts: list[str]
     input_values_BS: torch.Tensor
     sample_lengths_B: torch.Tensor
+    frame_lengths_B: torch.Tensor
     labels_L: torch.Tensor
     label_lengths_B: torch.Tensor
     time_mask_BT: torch.Tensor | None = None
@@ -346,6 +348,40 @@ class Batch:
     def num_padded_samples(self) -> int:
         """Samples with padding."""
         return self.input_values_BS.numel()
+
+    def split(self, max_padded_samples: int) -> list["Batch"]:
+        """The same rows in consecutive batches of at most `max_padded_samples` each, or of one row, padded anew."""
+        pieces, start = [], 0
+        lengths = self.sample_lengths_B.tolist()
+        while start < len(lengths):
+            stop = start + 1
+            while stop < len(lengths) and (stop + 1 - start) * max(lengths[start : stop + 1]) <= max_padded_samples:
+                stop += 1
+            pieces.append(self._rows(start, stop))
+            start = stop
+        return pieces
+
+    def _rows(self, start: int, stop: int) -> "Batch":
+        if (start, stop) == (0, len(self.ids)):
+            return self
+        samples = int(self.sample_lengths_B[start:stop].max())
+        label_ends = [0, *self.label_lengths_B.cumsum(0).tolist()]
+        masked = self.time_mask_BT is not None
+        # As many frames of the mask as the shorter rows have; which those are is known where it was drawn.
+        frames = int(self.frame_lengths_B[start:stop].max()) if masked else 0
+        return replace(
+            self,
+            ids=self.ids[start:stop],
+            texts=self.texts[start:stop],
+            raw_texts=self.raw_texts[start:stop],
+            input_values_BS=self.input_values_BS[start:stop, :samples].contiguous(),
+            sample_lengths_B=self.sample_lengths_B[start:stop],
+            frame_lengths_B=self.frame_lengths_B[start:stop],
+            labels_L=self.labels_L[label_ends[start] : label_ends[stop]],
+            label_lengths_B=self.label_lengths_B[start:stop],
+            time_mask_BT=self.time_mask_BT[start:stop, :frames] if masked else None,
+            feature_mask_BH=None if self.feature_mask_BH is None else self.feature_mask_BH[start:stop],
+        )
 
     def to(self, device: torch.device) -> "Batch":
         """The tensors that the model reads, on `device`; lengths stay on the CPU, where they steer the shapes."""
@@ -388,13 +424,16 @@ class Collator:
         padded = np.zeros((len(utterances), max(lengths)), np.float32)
         for row, utterance in zip(padded, utterances, strict=True):
             row[: len(utterance.audio)] = self._scale(utterance.audio)
-        time_mask, feature_mask = (None, None) if epoch is None else self._masks(lengths, rows, epoch)
+        kernels, strides = self.hf_config.conv_kernel, self.hf_config.conv_stride
+        frames = [num_frames(length, kernels, strides) for length in lengths]
+        time_mask, feature_mask = (None, None) if epoch is None else self._masks(frames, rows, epoch)
         return Batch(
             ids=[utterance.id for utterance in utterances],
             texts=texts,
             raw_texts=[utterance.text for utterance in utterances],
             input_values_BS=torch.from_numpy(padded),
             sample_lengths_B=torch.tensor(lengths),
+            frame_lengths_B=torch.tensor(frames),
             labels_L=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
             label_lengths_B=torch.tensor([len(row) for row in labels]),
             time_mask_BT=time_mask,
@@ -408,16 +447,15 @@ class Collator:
         return samples
 
     def _masks(
-        self, lengths: list[int], rows: np.ndarray, epoch: int
+        self, frames: list[int], rows: np.ndarray, epoch: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         config = self.hf_config
         masks_time = config.mask_time_prob > 0
         masks_features = config.mask_feature_prob > 0
         if not getattr(config, "apply_spec_augment", True) or not (masks_time or masks_features):
             return None, None
-        frames = [num_frames(length, config.conv_kernel, config.conv_stride) for length in lengths]
-        time_mask = np.zeros((len(lengths), max(frames)), bool)
-        feature_mask = np.zeros((len(lengths), config.hidden_size), bool)
+        time_mask = np.zeros((len(frames), max(frames)), bool)
+        feature_mask = np.zeros((len(frames), config.hidden_size), bool)
         for index, (frame_count, row) in enumerate(zip(frames, rows, strict=True)):
             rng = np.random.default_rng([self.seed, epoch, int(row)])
             time_mask[index, :frame_count], feature_mask[index] = draw_masks(

@@ -13,7 +13,7 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from data import Batch
 
 # WavLM's own call of torch's attention mixes mask types, at every forward pass.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask and attn_mask")
@@ -119,6 +122,15 @@ def ctc_loss_sum(
             reduction="none",
             zero_infinity=True,
         )
+
+
+def forward_with_loss(model: "CTCModel", batch: "Batch", blank_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, of one micro-batch on the model's device."""
+    logits_BTV, frame_lengths_B = model(
+        batch.input_values_BS, batch.sample_lengths_B, batch.time_mask_BT, batch.feature_mask_BH
+    )
+    loss_B = ctc_loss_sum(logits_BTV, frame_lengths_B, batch.labels_L, batch.label_lengths_B, blank_id)
+    return logits_BTV, frame_lengths_B, loss_B
 
 
 # --- The model -----------------------------------------------------------------------------------------------------

@@ -1,261 +1,330 @@
-"""Checks before step 1: which utterances train, and whether text, vocabulary and disk fit the run.
+"""Checks before step 1: will this run work, and will its numbers mean something?
 
-Every utterance left out of training has its reason in `Selection.dropped`; dev and test are always scored whole.
+    python preflight.py --data_dir data/en --model_name_or_path facebook/wav2vec2-large-960h
+    python preflight.py --config configs/english_large.yaml --strict
+    accelerate launch --mixed_precision fp16 preflight.py --config configs/english_large.yaml
+
+The flags are those of train.py, which makes the same checks before its first step. Prints one screen, and writes
+preflight.json, drop_list.csv (what training leaves out) and suspects.csv into --output_dir, or DATA_DIR/preflight.
+Status 0: ready, warnings are shown; 2: refused.
 """
 
-import csv
-import io
-import itertools
+from errors import UsageError, exit_status
+
+# isort: split
+
+import allocator  # noqa: F401 - before torch
+
+# isort: split
+
+import json
 import os
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from atomic import free_bytes, nearest_existing, write_atomically
 from audio import SAMPLE_RATE_HZ
-from config import TrainConfig
-from data import ShardDataset
-from errors import UsageError
-from model import num_frames
-from text import Coverage, TextNormalizer, Vocabulary, measure_coverage, required_frames
+from audio_checks import check_audio
+from config import PreflightConfig, parse_arguments
+from coverage import check_coverage, check_round_trip
+from data import CutSettings, cut_update
+from findings import Finding, worst_verdict
+from memory import (
+    Probe,
+    Shape,
+    describe_gpu,
+    heaviest_shapes,
+    judge,
+    limit_bytes,
+    probe,
+    search_max_batch_seconds,
+    under_budget,
+    usable_bytes,
+    used_bytes,
+)
+from overlap import overlap_findings
+from processes import start_processes
+from selection import write_drop_list, write_suspects
 
-MAX_UNKNOWN_FRACTION = 0.005
-TEXTS_PER_BLOCK = 10_000
-UTTERANCES_SHOWN = 3
-# What helps when a rule has left nothing to train on.
-REMEDIES = {
-    "no_labels": "check the text column and --characters_to_ignore",
-    "too_short": "lower --min_duration_in_seconds",
-    "too_long": "raise --max_duration_in_seconds",
-    "more_labels_than_frames": "check that texts and clips belong together",
-}
-# Stands for a space where the vocabulary has no word delimiter, so that it counts as unknown and can be seen.
-VISIBLE_SPACE = "\u2423"
+if TYPE_CHECKING:
+    from assembly import Assembly
+
+REPORT_FILES = ("preflight.json", "drop_list.csv", "suspects.csv")
+# Cutting an update takes 50 microseconds; so many of them tell what an epoch is like.
+UPDATES_CUT = 1_000
+# Of the table where no terminal says how wide it is.
+COLUMNS_WITHOUT_TERMINAL = 140
+VERDICT_STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The utterances that take part in training.
+class Report:
+    """What the checks found, the same on every rank.
 
     Attributes:
-        rows: dataset rows, ascending, [N].
-        num_labels: labels of each, [N].
-        reasons: for every row of the split 0, or 1 + the index in `details` of the reason that left it out.
-        details: each reason's name, with a function from row to the numbers behind it.
+        findings: one per check.
+        utterances: lines that show the first utterances as text, ids and text again.
+        max_batch_seconds: the budget of a micro-batch, found when it was `auto`.
     """
 
-    rows: np.ndarray
-    num_labels: np.ndarray
-    reasons: np.ndarray
-    details: Mapping[str, Callable[[int], str]]
+    findings: tuple[Finding, ...]
+    utterances: tuple[str, ...]
+    max_batch_seconds: float | None
 
-    @property
-    def dropped(self) -> Iterator[tuple[int, str, str]]:
-        """(row, reason, detail) of every row left out, by row; made one by one, since a subset leaves out most."""
-        names = list(self.details)
-        for row in np.flatnonzero(self.reasons):
-            name = names[self.reasons[row] - 1]
-            yield int(row), name, self.details[name](row)
+    def refuse(self, is_strict: bool) -> None:
+        """Stop where a check refuses, or in strict mode where one warns.
 
-    @property
-    def drops_by_reason(self) -> Counter[str]:
-        """Number of rows left out, by reason."""
-        counts = np.bincount(self.reasons, minlength=len(self.details) + 1)[1:]
-        return Counter({name: int(count) for name, count in zip(self.details, counts, strict=True) if count})
+        Raises:
+            UsageError: with each of these checks, what it found and the remedy.
+        """
+        stopping = ("refused", "warning") if is_strict else ("refused",)
+        bad = [finding for finding in self.findings if finding.verdict in stopping]
+        if bad:
+            listed = "; ".join(f"{finding.check}: {finding.result}: {finding.remedy}" for finding in bad)
+            raise UsageError(f"preflight refuses: {listed}")
 
 
-def select_training_rows(
-    dataset: ShardDataset, config: TrainConfig, normalizer: TextNormalizer, vocabulary: Vocabulary, hf_config: object
-) -> Selection:
-    """Apply the duration limits, the CTC limit (frames >= labels + adjacent repeats) and the subset settings.
+def main() -> None:
+    """The command."""
+    from assembly import Assembly
 
-    Raises:
-        UsageError: when nothing is left.
+    config = parse_arguments(PreflightConfig, sys.argv[1:], __doc__)
+    folder = Path(config.output_dir or Path(config.data_dir) / "preflight")
+    accelerator = start_processes(config.report_to, str(folder))
+    try:
+        assembly = Assembly(config, accelerator)
+        assembly.plan_updates(assembly.utterances_per_update)
+        report = run_checks(assembly)
+        if assembly.is_main:
+            print_report(report)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_report(folder, report, assembly)
+            print(f"written to {folder}: {', '.join(REPORT_FILES)}", flush=True)
+        report.refuse(config.strict)
+        if assembly.is_main:
+            has_warnings = worst_verdict(report.findings) == "warning"
+            print("ready" + (", with warnings" if has_warnings else ""), flush=True)
+    finally:
+        accelerator.end_training()
+
+
+def run_checks(assembly: "Assembly") -> Report:
+    """All checks; every rank takes part, and all get the same report.
+
+    Weights, moments, scaler, gradients and random state of `assembly` are as before afterwards; its
+    `max_batch_seconds` is set where the settings say `auto`.
     """
-    num_labels, needed = _count_labels(dataset, normalizer, vocabulary)
-    seconds = dataset.num_samples / SAMPLE_RATE_HZ
-    frames = num_frames(dataset.num_samples.astype(np.int64), hf_config.conv_kernel, hf_config.conv_stride)
-    shortest, longest = config.min_duration_in_seconds, config.max_duration_in_seconds
-    broken = (num_labels == 0, seconds < shortest, seconds > longest, frames < np.maximum(needed, 1))
-    details = {
-        "no_labels": lambda row: "the text is empty after normalisation",
-        "too_short": lambda row: f"{seconds[row]:.3f} s of at least {shortest} s",
-        "too_long": lambda row: f"{seconds[row]:.3f} s of at most {longest} s",
-        "more_labels_than_frames": lambda row: (
-            f"{frames[row]} frames, {needed[row]} needed for {num_labels[row]} labels"
-        ),
-        "not_in_subset": lambda row: "train_fraction or max_train_samples",
-    }
-    reasons = np.zeros(len(dataset), np.int8)
-    for code, rows in enumerate(broken, 1):
-        reasons[rows & (reasons == 0)] = code
-    kept = np.flatnonzero(reasons == 0)
-    subset = _draw_subset(kept, config)
-    reasons[np.setdiff1d(kept, subset, assume_unique=True)] = len(details)
-    selection = Selection(subset, num_labels[subset], reasons, details)
-    if not len(subset):
-        drops = selection.drops_by_reason.most_common()
-        raise UsageError(
-            f"no training utterance of {len(dataset)} is left "
-            f"({', '.join(f'{reason} {count}' for reason, count in drops)}): {REMEDIES[drops[0][0]]}"
-        )
-    return selection
+    coverages = {split: texts.coverage for split, texts in assembly.texts.items()}
+    utterances, round_trip = check_round_trip(
+        assembly.train_set, assembly.selection.rows, assembly.normalizer, assembly.vocabulary
+    )
+    findings = [
+        *check_coverage(assembly.sets, coverages, assembly.normalizer, assembly.vocabulary),
+        round_trip,
+        *assembly.selection.findings,
+        *check_audio(assembly.sets),
+        *overlap_findings(assembly.overlap),
+        *check_memory(assembly),
+        check_ranks(assembly),
+    ]
+    return Report(tuple(findings), tuple(utterances), assembly.max_batch_seconds)
 
 
-def draw_subset(rows: np.ndarray, max_samples: int | None, seed: int) -> np.ndarray:
-    """All of `rows`, or a fixed subset of `max_samples` drawn by the seed, ascending."""
-    if max_samples is None or max_samples >= len(rows):
-        return rows
-    return np.sort(rows[np.random.default_rng(seed).permutation(len(rows))[:max_samples]])
+def check_memory(assembly: "Assembly") -> list[Finding]:
+    """Run the heaviest batches of training and of evaluation on every rank; search the budget where it is `auto`."""
+    accelerator, device = assembly.accelerator, assembly.accelerator.device
+    gpu = describe_gpu(device)
+    # The same limit everywhere, so that all ranks go the same way.
+    limit = _extreme(accelerator, limit_bytes(device, assembly.config.memory_limit_mb), largest=False)
+    base = _extreme(accelerator, used_bytes(device), largest=True)
+    findings = [gpu] if gpu else []
+    if assembly.config.max_batch_seconds == "auto":
+        findings.append(_set_budget(assembly, limit))
+    for name, shapes, is_training in (
+        ("memory training", _training_shapes(assembly, assembly.cut), True),
+        ("memory evaluation", _evaluation_shapes(assembly, assembly.eval_cut), False),
+    ):
+        probes = [_probe_everywhere(assembly, shape, is_training, limit) for shape in shapes]
+        fits = all(one.fits for one in probes)
+        remedy = _memory_remedy(assembly, limit, is_training, fits)
+        findings.append(judge(name, probes, limit, base, remedy, device))
+    return findings
 
 
-def write_drop_list(path: Path, dataset: ShardDataset, selection: Selection) -> None:
-    """`split,id,reason,detail` of every training utterance that the run leaves out, line by line."""
-
-    def write(file: BinaryIO) -> None:
-        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow(("split", "id", "reason", "detail"))
-        ids = itertools.compress(dataset.column("id"), selection.reasons)
-        for utterance_id, (_, reason, detail) in zip(ids, selection.dropped, strict=True):
-            table.writerow((dataset.folder.name, utterance_id, reason, detail))
-        lines.detach()  # The file stays open for its owner.
-
-    write_atomically(path, write)
-
-
-def check_coverage(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> str:
-    """Refuse a vocabulary that does not fit the text; returns a line for the screen.
-
-    Raises:
-        UsageError: above MAX_UNKNOWN_FRACTION unknown characters, with the setting that would mend it.
-    """
-    coverage = _measure(dataset, normalizer, vocabulary)
-    known = f"{1 - coverage.unknown_fraction:.2%}"
-    if coverage.unknown_fraction <= MAX_UNKNOWN_FRACTION:
-        named = ", ".join(f"{character!r} {count}" for character, count in _commonest(coverage.unknown)[:8])
-        return f"{known} of {coverage.characters} characters known" + (f"; unknown: {named}" if named else "")
-    named = " ".join(character for character, _ in _commonest(coverage.unknown)[:12])
-    raise UsageError(
-        f"the vocabulary knows {known} of the training characters, at least {1 - MAX_UNKNOWN_FRACTION:.1%} is needed; "
-        f"unknown: {named}; {_coverage_remedy(dataset, normalizer, vocabulary, coverage.unknown)}"
+def check_ranks(assembly: "Assembly") -> Finding:
+    """Micro-batches and seconds of audio of each rank in the first epoch, from a sample of its updates."""
+    plan, cut = assembly.plan, assembly.cut
+    count = plan.updates_per_epoch
+    chosen = np.unique(np.linspace(0, count - 1, min(count, UPDATES_CUT)).astype(np.int64))
+    order, size = plan.epoch_order(0), plan.utterances_per_update
+    samples, padded, micro_steps = np.zeros(cut.num_processes), np.zeros(cut.num_processes), 0
+    for update in chosen:
+        lengths = plan.num_samples[order[update * size : (update + 1) * size]]
+        cuts = cut_update(lengths, cut.num_processes, cut.max_utterances, cut.max_batch_samples)
+        micro_steps += len(cuts)
+        for of_rank in cuts:
+            samples += [lengths[rows].sum(dtype=np.int64) for rows in of_rank]
+            padded += [len(rows) * int(lengths[rows].max(initial=0)) for rows in of_rank]
+    scale = count / len(chosen) / SAMPLE_RATE_HZ
+    hours = " / ".join(f"{seconds * scale / 3600:.2f}" for seconds in samples)
+    padding = 1 - samples.sum() / max(padded.sum(), 1)
+    each = f"{cut.num_processes} ranks with {count} updates each" if cut.num_processes > 1 else f"{count} updates"
+    return Finding(
+        "ranks",
+        f"{each} per epoch, {micro_steps / len(chosen):.1f} micro-batches per update and rank; {hours} h of audio, "
+        f"{padding:.1%} padding",
+        facts={
+            "updates_per_epoch": count,
+            "micro_batches_per_update": micro_steps / len(chosen),
+            "seconds_per_rank": (samples * scale).tolist(),
+            "padding_fraction": padding,
+        },
     )
 
 
-def _commonest(unknown: Counter[str]) -> list[tuple[str, int]]:
-    """By count, then by code point: `most_common` leaves ties in an order that changes from run to run."""
-    return sorted(unknown.items(), key=lambda item: (-item[1], item[0]))
-
-
-def _measure(
-    dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, max_texts: int | None = None
-) -> Coverage:
-    texts = (normalizer(text) for text in itertools.islice(dataset.column("text"), max_texts))
-    if vocabulary.delimiter_id is None:
-        texts = (text.replace(" ", VISIBLE_SPACE) for text in texts)
-    return measure_coverage(texts, vocabulary)
-
-
-def _coverage_remedy(
-    dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, unknown: Counter[str]
-) -> str:
-    """The least change of settings that covers the texts, tried on them, not guessed."""
-    cases = {f"--case {case}": replace(normalizer, case=case) for case in ("upper", "lower", "keep")}
-    candidates = dict(cases)
-    # Marks that combine with a letter are part of it: to ignore them would spoil the text.
-    marks = "".join(
-        sorted(c for c in unknown if not c.isalnum() and not unicodedata.combining(c) and c != VISIBLE_SPACE)
-    )
-    if marks:
-        ignored = normalizer.characters_to_ignore + marks
-        adding = f"{marks} added to --characters_to_ignore"
-        candidates[adding] = replace(normalizer, characters_to_ignore=ignored)
-        candidates |= {
-            f"{case} and {adding}": replace(changed, characters_to_ignore=ignored) for case, changed in cases.items()
-        }
-    for setting, changed in candidates.items():
-        fraction = _measure(dataset, changed, vocabulary, TEXTS_PER_BLOCK).unknown_fraction
-        if fraction <= MAX_UNKNOWN_FRACTION:
-            return f"with {setting} coverage is {1 - fraction:.2%}"
-    return "no such setting mends it: build a vocabulary from the text with --vocabulary train (and a new head)"
-
-
-def show_utterances(
-    dataset: ShardDataset, rows: np.ndarray, normalizer: TextNormalizer, vocabulary: Vocabulary
-) -> list[str]:
-    """Lines with raw text, normalised text, ids and decoded ids of the first few rows.
+def check_disk(folder: Path, needed_bytes: int) -> Finding:
+    """Whether the place can hold the run's checkpoints.
 
     Raises:
-        UsageError: when decoding the ids does not give the normalised text back (unknown characters aside).
+        UsageError: it cannot be written at all.
     """
-    lines = []
-    for row in rows[:UTTERANCES_SHOWN]:
-        raw = dataset[int(row)].text
-        normalised = normalizer(raw)
-        ids = vocabulary.encode(normalised)
-        decoded = vocabulary.decode_labels(ids)
-        # An unknown character decodes to the unknown token, which coverage has judged already.
-        if vocabulary.unknown_id not in ids and decoded != normalised:
-            raise UsageError(
-                f"the vocabulary does not give a text back: {normalised!r} became {decoded!r}; "
-                "check --vocabulary, --case and --characters_to_ignore"
-            )
-        lines += [
-            f"  text       {raw}",
-            f"  normalised {normalised}",
-            f"  ids        {ids.tolist()}",
-            f"  decoded    {decoded}",
-        ]
-    return lines
 
-
-def check_disk(folder: Path, needed_bytes: int) -> str:
-    """Refuse a place that cannot be written or cannot hold the run's checkpoints; returns a line for the screen."""
     existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         state = "cannot be written to" if existing.is_dir() else "is a file"
         raise UsageError(f"{existing} {state}: choose another --output_dir than {folder}")
     free = free_bytes(existing)
-    if free < needed_bytes:
-        raise UsageError(
-            f"{existing} has {free / 1e9:.1f} GB free, the run needs {needed_bytes / 1e9:.1f} GB: "
-            "lower --save_total_limit or choose another --output_dir"
-        )
-    return f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free"
+    result = f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free"
+    facts = {"needed_bytes": needed_bytes, "free_bytes": free}
+    if free >= needed_bytes:
+        return Finding("disk", result, facts=facts)
+    remedy = "lower --save_total_limit or choose another --output_dir"
+    return Finding("disk", f"{existing}: {result}", "refused", remedy, facts)
 
 
-def _count_labels(
-    dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary
-) -> tuple[np.ndarray, np.ndarray]:
-    num_labels = np.zeros(len(dataset), np.int32)
-    needed = np.zeros(len(dataset), np.int32)
-    for start, block in _blocks(dataset):
-        for row, text in enumerate(normalizer.normalize_many(block), start):
-            labels = vocabulary.encode(text)
-            num_labels[row], needed[row] = len(labels), required_frames(labels)
-    return num_labels, needed
+def print_report(report: Report) -> None:
+    """One screen on stdout: check, result, verdict, remedy."""
+    print("\n".join(report.utterances), flush=True)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = COLUMNS_WITHOUT_TERMINAL
+    table = Table("check", "result", "verdict", "remedy", box=box.SIMPLE_HEAD, pad_edge=False)
+    for finding in report.findings:
+        verdict = Text(finding.verdict, VERDICT_STYLES[finding.verdict])
+        table.add_row(Text(finding.check), Text(finding.result), verdict, Text(finding.remedy))
+    console.print(table)
 
 
-def _blocks(dataset: ShardDataset) -> Iterator[tuple[int, list[str]]]:
-    block: list[str] = []
-    start = 0
-    for text in dataset.column("text"):
-        block.append(text)
-        if len(block) == TEXTS_PER_BLOCK:
-            yield start, block
-            start, block = start + len(block), []
-    if block:
-        yield start, block
+def write_report(folder: Path, report: Report, assembly: "Assembly") -> None:
+    """`preflight.json`, `drop_list.csv` and `suspects.csv` into a folder that exists."""
+    facts = {
+        "verdict": worst_verdict(report.findings),
+        "max_batch_seconds": report.max_batch_seconds,
+        "left_out": dict(assembly.selection.drops_by_reason),
+        "findings": [asdict(finding) for finding in report.findings],
+    }
+    write_atomically(folder / "preflight.json", json.dumps(facts, indent=1, ensure_ascii=False))
+    write_drop_list(folder / "drop_list.csv", assembly.train_set, assembly.selection)
+    write_suspects(folder / "suspects.csv", assembly.train_set, assembly.selection)
 
 
-def _draw_subset(rows: np.ndarray, config: TrainConfig) -> np.ndarray:
-    wanted = max(1, round(len(rows) * config.train_fraction)) if len(rows) else 0
-    if config.max_train_samples is not None:
-        wanted = min(wanted, config.max_train_samples)
-    chosen = np.random.default_rng([config.seed, 1]).permutation(len(rows))[:wanted]
-    return np.sort(rows[chosen])
+def _training_shapes(assembly: "Assembly", cut: CutSettings) -> list[Shape]:
+    return heaviest_shapes(assembly.plan.num_samples, assembly.plan.utterances_per_update, cut)
+
+
+def _evaluation_shapes(assembly: "Assembly", cut: CutSettings) -> list[Shape]:
+    """Of the dev rows that are scored, and of the test set, cut as one update of a single rank each."""
+    scored = [assembly.eval_set.num_samples[assembly.eval_rows]]
+    if assembly.test_set is not None:
+        scored.append(assembly.test_set.num_samples)
+    alone = CutSettings(0, 1, cut.max_utterances, cut.max_batch_seconds)
+    return list(dict.fromkeys(shape for lengths in scored for shape in heaviest_shapes(lengths, len(lengths), alone)))
+
+
+def _probe_everywhere(assembly: "Assembly", shape: Shape, is_training: bool, limit: float) -> Probe:
+    """One shape on every rank at once: the largest peak, and whether it fits on all."""
+    mine = probe(assembly.passes, shape, is_training, limit)
+    peak = _extreme(assembly.accelerator, mine.peak_bytes, largest=True)
+    return Probe(shape, int(peak), assembly.status.worst(int(not mine.fits)) == 0)
+
+
+def _set_budget(assembly: "Assembly", limit: float) -> Finding:
+    seconds = _find_budget(assembly, limit, is_evaluated=True)
+    if seconds is None:
+        is_training = _find_budget(assembly, limit, is_evaluated=False) is None
+        remedy = _single_clip_remedy(assembly, is_training)
+        return Finding("batch seconds", "auto: not even the longest clip fits", "refused", remedy)
+    assembly.use_budget(seconds)
+    return Finding(
+        "batch seconds",
+        f"auto found {seconds:g} s: --max_batch_seconds {seconds:g} does the same without the search",
+        facts={"max_batch_seconds": seconds},
+    )
+
+
+def _find_budget(assembly: "Assembly", limit: float, is_evaluated: bool) -> float | None:
+    """The largest --max_batch_seconds that leaves MARGIN of the memory free; the same on every rank."""
+    lengths = assembly.plan.num_samples
+    base = _extreme(assembly.accelerator, used_bytes(assembly.accelerator.device), largest=True)
+    usable = usable_bytes(limit, base)
+
+    def fits(seconds: float) -> tuple[bool, float]:
+        jobs = [(shape, True) for shape in _training_shapes(assembly, under_budget(assembly.cut, seconds))]
+        if is_evaluated:
+            jobs += [(shape, False) for shape in _evaluation_shapes(assembly, under_budget(assembly.eval_cut, seconds))]
+        peak = 0
+        for shape, is_training in jobs:
+            found = _probe_everywhere(assembly, shape, is_training, usable)
+            peak = max(peak, found.peak_bytes)
+            if not found.fits:
+                return False, peak
+        if assembly.is_main:
+            print(f"max_batch_seconds {seconds:.1f} fits: peak {peak / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+        return True, peak
+
+    longest_clip = int(lengths.max()) / SAMPLE_RATE_HZ
+    rows_per_rank = -(-min(assembly.plan.utterances_per_update, len(lengths)) // assembly.accelerator.num_processes)
+    return search_max_batch_seconds(fits, longest_clip, rows_per_rank * longest_clip, base, usable)
+
+
+def _memory_remedy(assembly: "Assembly", limit: float, is_training: bool, fits: bool) -> str:
+    """What would fit, measured; searched for only where something does not."""
+    if fits:
+        return "--max_batch_seconds auto finds a size that leaves more room"
+    seconds = _find_budget(assembly, limit, is_evaluated=not is_training)
+    if seconds is None:
+        return _single_clip_remedy(assembly, is_training)
+    return f"with --max_batch_seconds {seconds:g} it fits, and no update changes"
+
+
+def _single_clip_remedy(assembly: "Assembly", is_training: bool) -> str:
+    if is_training:
+        longest = int(assembly.plan.num_samples.max()) / SAMPLE_RATE_HZ
+        checkpointing = "" if assembly.config.gradient_checkpointing else "--gradient_checkpointing, "
+        return f"one clip of {longest:.1f} s is too much: {checkpointing}a lower --max_duration_in_seconds, more memory"
+    sets = [assembly.eval_set] + ([assembly.test_set] if assembly.test_set is not None else [])
+    dataset = max(sets, key=lambda one: int(one.num_samples.max()))
+    row = int(dataset.num_samples.argmax())
+    seconds = dataset.num_samples[row] / SAMPLE_RATE_HZ
+    return f"{dataset[row].id} of {dataset.folder.name} has {seconds:.1f} s: cut it into segments, or use more memory"
+
+
+def _extreme(accelerator: Accelerator, value: float, largest: bool) -> float:
+    """The largest or smallest value of all ranks."""
+    if accelerator.num_processes == 1:
+        return value
+    return (max if largest else min)(gather_object([value]))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,9 +1,11 @@
 """How the processes of a run start, share gradients and end; what Accelerate's launcher decided is checked here."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 
-from errors import UsageError
+from errors import RunFailed, UsageError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -95,6 +97,41 @@ def describe_processes(accelerator: Accelerator) -> dict[str, object]:
     }
 
 
+@contextlib.contextmanager
+def main_first(accelerator: Accelerator) -> Iterator[None]:
+    """The block on the first process of each host, then on the others; also when it fails there."""
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
+
+
+class RankStatus:
+    """Lets the ranks agree on how an attempt went, host to host: no rank waits for its GPU."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def worst(self, status: int) -> int:
+        """The largest status of all ranks. A rank that has ended makes the others fail at once.
+
+        Raises:
+            RunFailed: another rank is gone.
+        """
+        if self._group is None:
+            return status
+        statuses = torch.tensor([status])
+        try:
+            torch.distributed.all_reduce(statuses, torch.distributed.ReduceOp.MAX, group=self._group)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RunFailed(f"another process of the run has ended ({reason}); its own message says why") from error
+        return int(statuses)
+
+
 class SharedGradients:
     """The gradients of all trained parameters in one buffer, summed over the processes once per update.
 
@@ -109,9 +146,13 @@ class SharedGradients:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
         assert len({parameter.dtype for parameter in parameters}) == 1, "master weights are fp32"
-        self.buffer = torch.zeros(
-            sum(parameter.numel() for parameter in parameters), dtype=parameters[0].dtype, device=parameters[0].device
+        # The last number is the update's loss, which travels along so that every rank knows whether it is finite.
+        self._packed = torch.zeros(
+            sum(parameter.numel() for parameter in parameters) + 1,
+            dtype=parameters[0].dtype,
+            device=parameters[0].device,
         )
+        self.buffer = self._packed[:-1]
         start = 0
         for parameter in parameters:
             parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
@@ -119,13 +160,20 @@ class SharedGradients:
 
     def zero(self) -> None:
         """Forget the last update."""
-        self.buffer.zero_()
+        self._packed.zero_()
 
-    def sum_over_processes(self, accelerator: Accelerator) -> None:
-        """Add the gradients of all ranks; afterwards every rank holds the same."""
+    def sum_over_processes(self, accelerator: Accelerator, loss: torch.Tensor) -> torch.Tensor:
+        """Add the gradients and losses of all ranks; afterwards every rank holds the same. Returns the summed loss.
+
+        A loss that is not finite makes the gradients NaN, should they not be: such an update teaches nothing.
+        """
+        self._packed[-1] = loss
         if accelerator.num_processes > 1:
-            for piece in self.buffer.split(NUMBERS_PER_REDUCTION):
+            for piece in self._packed.split(NUMBERS_PER_REDUCTION):
                 torch.distributed.all_reduce(piece)
+        loss = self._packed[-1].clone()
+        self.parameters[0].grad.add_(0.0 * loss)
+        return loss
 
 
 def _use_all_cores() -> None:

@@ -6,33 +6,34 @@ rate are functions of the seed and the step.
 
 import hashlib
 import json
-import resource
+import math
+import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import checkpoint
 import preflight
 import runlog
+from assembly import Assembly
 from atomic import recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
-from data import BatchPlan, Collator, CutSettings, ShardDataset, Update, has_utterances
-from errors import RunFailed, UsageError
+from errors import UsageError
+from memory import MEGABYTE, peak_bytes
+from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
-from model import optimizer_groups, parameter_counts
-from pretrained import load_model, save_model
-from processes import SharedGradients, check_same_on_all_ranks, describe_processes
+from model import parameter_counts
+from pretrained import save_model
+from processes import describe_processes
 from progress import Progress
+from recovery import Cuts
 from schedule import learning_rate_at
-from text import TextNormalizer
 
-SAMPLE_UTTERANCES = 8
 SAMPLES_SHOWN = 3
 BYTES_PER_WEIGHT = 4
 
@@ -56,166 +57,43 @@ class RunState:
     elapsed_seconds: float = 0.0
     log_bytes: int = 0
     sample_bytes: int = 0
+    bad_batch_bytes: int = 0
 
 
-METER_SUMS = ("loss", "labels", "utterances", "samples", "padded_samples", "seconds", "scaler_skips", "bad_updates")
-# So many updates in a row without a step mean that none will follow. A loss scaler starts high and may need twenty.
-MAX_BAD_UPDATES = 10
-MAX_SCALER_SKIPS = 40
+class Run(Assembly):
+    """An assembly that has passed its checks and has a run directory: what the loop works with.
 
-
-class Meter:
-    """Sums since the last row of the log. The loss stays on the device, so that no step waits for it."""
-
-    def __init__(self, accelerator: Accelerator, pending: list[float]) -> None:
-        self.accelerator = accelerator
-        self.grad_norm = torch.tensor(float("nan"))
-        self.note = ""
-        self._started_at: float | None = None
-        self._left_out_in_a_row = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-        self._restart(pending)
-
-    def start(self) -> None:
-        """Start the clock, which runs while updates are made and not while evaluating or saving."""
-        self._started_at = time.perf_counter()
-
-    def pause(self) -> None:
-        """Stop the clock, once the device has done what it was asked to."""
-        if self._started_at is not None and self.accelerator.is_main_process:
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.synchronize()
-            self._sums["seconds"] += time.perf_counter() - self._started_at
-        self._started_at = None
-
-    def add(self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Count one update; what all ranks know alike is counted by the first."""
-        self.grad_norm = grad_norm
-        # Accelerate's own flag is blind to the fused optimizer, which skips inside its kernel.
-        is_left_out = ~torch.isfinite(grad_norm)
-        self._left_out_in_a_row = (self._left_out_in_a_row + 1) * is_left_out
-        # A loss that is no number would hide all the others of its row.
-        has_loss = torch.isfinite(loss_sum)
-        self._on_device[0] += torch.where(has_loss, loss_sum, 0.0)
-        if self.accelerator.is_main_process:
-            self._on_device[1] += torch.where(has_loss, float(update.num_labels), 0.0)
-            self._on_device[2] += is_left_out
-            self._sums["utterances"] += update.num_utterances
-        for batch in update.micro_batches:
-            self._sums["samples"] += batch.num_samples
-            self._sums["padded_samples"] += batch.num_padded_samples
-
-    def check_progress(self, step: int, folder: Path) -> None:
-        """Stop a run whose updates have all been left out for some time.
-
-        Raises:
-            RunFailed: MAX_BAD_UPDATES non-finite gradients, or MAX_SCALER_SKIPS skips of the loss scaler, in a row.
-        """
-        in_a_row = int(self._left_out_in_a_row)
-        if in_a_row >= (MAX_BAD_UPDATES if self.accelerator.scaler is None else MAX_SCALER_SKIPS):
-            raise RunFailed(
-                f"the last {in_a_row} updates before step {step} had gradients that are not finite and were left out: "
-                "lower --learning_rate, raise --warmup_steps, or launch with another --mixed_precision; "
-                f"{folder / 'checkpoints'} holds sound weights"
-            )
-
-    def reduce(self) -> dict[str, float]:
-        """Pause, and return the sums over all ranks. They are kept until `clear`."""
-        self.pause()
-        mine = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        left_out = "bad_updates" if self.accelerator.scaler is None else "scaler_skips"
-        mine[[METER_SUMS.index(name) for name in ("loss", "labels", left_out)]] += self._on_device
-        reduced = self.accelerator.reduce(mine, reduction="sum").tolist()
-        # From here on the first rank holds what all have counted, as after a resume: equal bits either way.
-        self._restart(reduced)
-        return dict(zip(METER_SUMS, reduced, strict=True))
-
-    def clear(self) -> None:
-        """Begin the next row of the log."""
-        self._restart([0.0] * len(METER_SUMS))
-
-    def _restart(self, sums: list[float]) -> None:
-        mine = sums if self.accelerator.is_main_process else [0.0] * len(METER_SUMS)
-        self._sums = dict(zip(METER_SUMS, mine, strict=True))
-        self._on_device = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
-
-
-class Run:
-    """Everything that the loop works with; refuses what cannot work before anything is written."""
+    Whatever cannot work is refused before anything is written.
+    """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.is_main = accelerator.is_main_process
-        self.folder = Path(config.output_dir)
         self._started_at = time.monotonic()
-        self._open_data()
-        self._load_model()
-        self._select_utterances()
-        self._plan_updates()
+        super().__init__(config, accelerator)
+        self.folder = Path(config.output_dir)
+        self.state = RunState(self.utterances_per_update, self._identity())
+        if config.resume_from_checkpoint is not None:
+            self._read_checkpoint()
+        self.plan_updates(self.state.utterances_per_update)
+        self._check()
         if config.resume_from_checkpoint is None:
             self._begin()
         else:
             self._resume()
-        self.gradients = SharedGradients([p for p in self.model.parameters() if p.requires_grad])
         self.meter = Meter(accelerator, self.state.pending_sums)
+        self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter)
+        self.cuts, self.eval_cuts = (Cuts(what, self._report_loudly) for what in ("update", "evaluation"))
         if config.report_to:
             accelerator.init_trackers("wav2vec2-ctc-finetune", config={k: str(v) for k, v in asdict(config).items()})
 
     # Setting up
 
-    def _open_data(self) -> None:
-        data_dir = Path(self.config.data_dir)
-        self.train_set = ShardDataset(data_dir / "train")
-        self.eval_set = self.train_set if self.config.eval_split == "train" else ShardDataset(data_dir / "dev")
-        has_test = self.config.do_predict and has_utterances(data_dir / "test")
-        self.test_set = ShardDataset(data_dir / "test") if has_test else None
-
-    def _load_model(self) -> None:
-        config, device = self.config, self.accelerator.device
-        self.loaded = load_model(config, lambda: self.train_set.column("text"))
-        self.vocabulary, self.head_fits = self.loaded.vocabulary, self.loaded.head_fits
-        self.hf_config = self.loaded.model.hf.config
-        self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, config.characters_to_ignore, config.case)
-        self.collate = Collator(
-            self.normalizer,
-            self.vocabulary,
-            self.loaded.processor.feature_extractor.do_normalize,
-            self.hf_config,
-            config.seed,
-        )
-        self.model = self.loaded.model.to(device)
-        groups = optimizer_groups(self.model, config.weight_decay)
-        # The fused step leaves weights and moments alone when `found_inf` says so, without waiting for the device.
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        check_same_on_all_ranks(self.accelerator, self.model)
-        if self.accelerator.scaler is not None:
-            # A rank whose cut is empty scales no loss, and unscaling needs the scale on its device.
-            self.accelerator.scaler.scale(torch.zeros((), device=device))
-
-    def _select_utterances(self) -> None:
-        config = self.config
-        self.coverage = preflight.check_coverage(self.train_set, self.normalizer, self.vocabulary)
-        self.selection = preflight.select_training_rows(
-            self.train_set, config, self.normalizer, self.vocabulary, self.hf_config
-        )
-        self.num_labels = self.selection.num_labels
-        candidates = self.selection.rows if config.eval_split == "train" else np.arange(len(self.eval_set))
-        self.eval_rows = preflight.draw_subset(candidates, config.max_eval_samples, config.seed)
-        self.sample_rows = preflight.draw_subset(self.eval_rows, SAMPLE_UTTERANCES, config.seed)
-
-    def _plan_updates(self) -> None:
-        config, processes, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
-        size = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-        self.state = RunState(size, self._identity())
-        if config.resume_from_checkpoint is not None:
-            self._read_checkpoint()
-        rows = self.selection.rows
-        self.plan = BatchPlan(rows, self.train_set.num_samples[rows], self.state.utterances_per_update, config.seed)
-        self.total_steps = config.max_steps
-        if self.total_steps == -1:
-            self.total_steps = max(1, round(config.num_train_epochs * self.plan.updates_per_epoch))
-        self.cut = CutSettings(rank, processes, config.per_device_train_batch_size, config.max_batch_seconds)
-        self.eval_cut = CutSettings(rank, processes, config.per_device_eval_batch_size, config.max_batch_seconds)
+    def _check(self) -> None:
+        """The preflight on every rank, shown, and heeded unless --preflight warn."""
+        self.report = preflight.run_checks(self)
+        if self.is_main:
+            preflight.print_report(self.report)
+        if self.config.preflight == "refuse":
+            self.report.refuse(is_strict=False)
 
     def _identity(self) -> dict[str, object]:
         """What decides the meaning of a run: its data, its texts, its model, the order and size of its steps."""
@@ -238,20 +116,20 @@ class Run:
 
     def _begin(self) -> None:
         """Say what will happen, then make the run directory."""
-        shown = preflight.show_utterances(self.train_set, self.selection.rows, self.normalizer, self.vocabulary)
-        disk = preflight.check_disk(self.folder, self._disk_bytes())
+        disk = self._check_disk()
         # No rank may look into the folder for another run once the first one has begun to write.
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            print("\n".join([*self._describe(disk), *shown]), flush=True)
+            print("\n".join(self._describe(disk)), flush=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             facts = describe_processes(self.accelerator)
             header = "launched with " + ", ".join(f"{name} {value}" for name, value in facts.items())
             environment = runlog.describe_environment(Path(__file__).parent, self.train_set.fingerprint, facts)
-            self._write("config.yaml", write_config(self.config, header))
+            found = replace(self.config, max_batch_seconds=self.max_batch_seconds)
+            self._write("config.yaml", write_config(found, header))
             self._write("environment.json", json.dumps(environment, indent=1))
             self._open_tables()
-            preflight.write_drop_list(self.folder / "drop_list.csv", self.train_set, self.selection)
+            preflight.write_report(self.folder, self.report, self)
 
     def _read_checkpoint(self) -> None:
         """The state of the checkpoint to resume from, when it belongs to this very run."""
@@ -302,7 +180,9 @@ class Run:
             self._open_tables()
             self.log.truncate(self.state.log_bytes)
             self.samples.truncate(self.state.sample_bytes)
-            disk = preflight.check_disk(self.folder, self._disk_bytes())
+            if self._bad_batches_path.exists():
+                runlog.BadBatchTable(self._bad_batches_path).truncate(self.state.bad_batch_bytes)
+            disk = self._check_disk()
             later = [path.name for path in checkpoint.list_checkpoints(self.folder) if path.name > self.checkpoint.name]
             note = f"; {', '.join(later)} will be replaced" if later else ""
             said = f"resumed     from {self.checkpoint} at step {self.state.step} of {self.total_steps}{note}"
@@ -325,17 +205,23 @@ class Run:
             f"data        {config.data_dir}: {len(self.plan.rows)} training utterances, {seconds / 3600:.2f} h; "
             f"evaluation on {len(self.eval_rows)} of {self.eval_set.folder}",
             f"left out    {drops}",
-            f"text        case {self.normalizer.case}, vocabulary of {len(self.vocabulary)}: {self.coverage}",
+            f"text        case {self.normalizer.case}, vocabulary of {len(self.vocabulary)}",
             f"model       {config.model_name_or_path or self.hf_config.model_type + ' from random weights'}: "
             f"{trained:,} parameters trained, {frozen:,} frozen",
             *(f"            {note}" for note in self.loaded.notes),
             f"update      {config.per_device_train_batch_size} per micro-batch x {config.gradient_accumulation_steps} "
             f"accumulated x {processes} processes = {size} utterances, {seconds / len(self.plan.rows) * size:.0f} s "
-            "of audio" + (f"; cut at {config.max_batch_seconds} s of padded audio" if config.max_batch_seconds else ""),
+            "of audio" + (f"; cut at {self.max_batch_seconds:g} s of padded audio" if self.max_batch_seconds else ""),
             f"run         {self.total_steps} updates, {self.plan.updates_per_epoch} per epoch; precision "
             f"{facts['mixed_precision']} on {facts['device']}, {facts['distributed_type']}; seed {config.seed}",
             f"disk        {disk}",
         ]
+
+    def _check_disk(self) -> str:
+        finding = preflight.check_disk(self.folder, self._disk_bytes())
+        if finding.verdict == "refused":
+            raise UsageError(f"{finding.result}: {finding.remedy}")
+        return finding.result
 
     def _disk_bytes(self) -> int:
         """Checkpoints with two moments per trained weight, one more while it is written, and the best model twice."""
@@ -371,11 +257,14 @@ class Run:
     def save_checkpoint(self) -> None:
         """What a resume needs; older checkpoints go when the new one is whole."""
         state = self.state
+        self.bad_updates.judge(self.write_bad_batches)
         state.pending_sums = list(self.meter.reduce().values())
         state.elapsed_seconds = self._elapsed_seconds()
         self._started_at = time.monotonic()
         if self.is_main:
             state.log_bytes, state.sample_bytes = self.log.length_bytes, self.samples.length_bytes
+            path = self._bad_batches_path
+            state.bad_batch_bytes = path.stat().st_size if path.exists() else 0
             tensors = {f"model/{name}": value for name, value in self.model.hf.state_dict().items()}
             moments, optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer.optimizer)
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
@@ -383,6 +272,23 @@ class Run:
             checkpoint.save_checkpoint(self.folder, state.step, tensors | moments, facts)
             checkpoint.prune_checkpoints(self.folder, self.config.save_total_limit)
         self.meter.start()
+
+    def write_bad_batches(self, rows: list[dict[str, object]]) -> None:
+        """The clips of an update that was left out, of all ranks, into bad_batches.csv."""
+        if self.is_main:
+            runlog.BadBatchTable(self._bad_batches_path).append(*rows)
+            culprits = [str(row["id"]) for row in rows if not math.isfinite(row["loss"])]
+            named = f"; loss not finite: {', '.join(culprits[:SAMPLES_SHOWN])}" if culprits else ""
+            self._report_loudly(f"update {rows[0]['step'] + 1 if rows else '?'} left out, not finite{named}")
+
+    @property
+    def _bad_batches_path(self) -> Path:
+        return self.folder / "bad_batches.csv"
+
+    def _report_loudly(self, message: str) -> None:
+        """A line on stderr, from whichever rank it happened to."""
+        rank = f"[rank {self.accelerator.process_index}] " if self.accelerator.num_processes > 1 else ""
+        print(f"{rank}{message}", file=sys.stderr, flush=True)
 
     def load_best(self) -> None:
         """Put the weights of model/ in place, on every rank."""
@@ -410,11 +316,11 @@ class Run:
 
     def _training_values(self) -> dict[str, float]:
         """What the meter counted since the last row, which ends here."""
+        self.bad_updates.judge(self.write_bad_batches)
         sums = self.meter.reduce()
         self.meter.clear()
         loss = sums["loss"] / max(sums["labels"], 1)
         grad_norm = float(self.meter.grad_norm)
-        self.meter.check_progress(self.state.step, self.folder)
         self.state.sums = [total + new for total, new in zip(self.state.sums, sums.values(), strict=True)]
         seconds = max(sums["seconds"], 1e-9)
         self.meter.note = f"loss {loss:.3f}"
@@ -432,8 +338,9 @@ class Run:
             "samples_per_second": sums["utterances"] / seconds,
             "audio_seconds_per_second": sums["samples"] / SAMPLE_RATE_HZ / seconds,
             "padding_fraction": 1 - sums["samples"] / max(sums["padded_samples"], 1),
-            "scaler_skips": self.state.sums[METER_SUMS.index("scaler_skips")],
-            "bad_updates": self.state.sums[METER_SUMS.index("bad_updates")],
+            **{
+                name: self.state.sums[METER_SUMS.index(name)] for name in ("scaler_skips", "bad_updates", "oom_retries")
+            },
         }
 
     def _log_row(self, values: dict[str, float], progress: Progress) -> None:
@@ -441,7 +348,7 @@ class Run:
             "step": self.state.step,
             "epoch": self.state.step / self.plan.updates_per_epoch,
             **values,
-            "peak_memory_mb": peak_memory_mb(self.accelerator.device),
+            "peak_memory_mb": peak_bytes(self.accelerator.device) / MEGABYTE,
             "elapsed_seconds": self._elapsed_seconds(),
         }
         if self.is_main:
@@ -474,11 +381,10 @@ def refuse_occupied_folder(config: TrainConfig) -> None:
         UsageError: --output_dir holds a run (with the command that resumes it) or anything else.
     """
     folder = Path(config.output_dir)
-    if (
-        config.resume_from_checkpoint is not None
-        or not folder.exists()
-        or (folder.is_dir() and not any(folder.iterdir()))
-    ):
+    if config.resume_from_checkpoint is not None or not folder.exists():
+        return
+    # preflight.py may have written its report there.
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= set(preflight.REPORT_FILES):
         return
     elsewhere = "start over with another --output_dir"
     if not (folder / "config.yaml").is_file():
@@ -515,10 +421,3 @@ def describe_row(row: dict[str, float], total_steps: int) -> str:
         parts.append(f"dev loss {row['eval_loss']:.3f}, WER {row['eval_wer']:.2%}, CER {row['eval_cer']:.2%}")
         parts.append(f"evaluated in {row['eval_runtime']:.1f} s")
     return ", ".join(parts)
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory so far: of the GPU's allocator, or of the process (resident) without a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -38,11 +38,14 @@ LOG_COLUMNS = {
     "blank_fraction": "share of dev frames decoded as blank",
     "scaler_skips": "updates skipped by the fp16 loss scaler since the start",
     "bad_updates": "updates left out for a gradient that is not finite, since the start",
+    "oom_retries": "times that memory ran out and the work was done again in smaller cuts, since the start",
     "eval_runtime": "seconds of the evaluation",
     "peak_memory_mb": "of the GPU where there is one, else of the process",
     "elapsed_seconds": "of training since the start, resumes included",
 }
 SAMPLE_COLUMNS = ("step", "id", "reference", "prediction")
+# `step` counts from 0, as optimizer steps before the update; `loss` is the sum over the clip's labels.
+BAD_BATCH_COLUMNS = ("step", "id", "seconds", "labels", "loss")
 PACKAGES = (
     "torch", "torchaudio", "transformers", "accelerate", "huggingface_hub", "safetensors", "tokenizers", "soundfile",
     "jiwer", "numpy", "pandas", "pyarrow",
@@ -123,6 +126,13 @@ class SampleTable(AppendOnlyTable):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, SAMPLE_COLUMNS)
+
+
+class BadBatchTable(AppendOnlyTable):
+    """bad_batches.csv: the clips of each update that was left out because loss or gradient was not finite."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, BAD_BATCH_COLUMNS)
 
 
 def read_log(path: Path) -> "pandas.DataFrame":

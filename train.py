@@ -11,7 +11,12 @@ from errors import RunFailed, UsageError, exit_status
 
 # isort: split
 
+import allocator  # noqa: F401 - before torch
+
+# isort: split
+
 import contextlib
+import dataclasses
 import itertools
 import sys
 import time
@@ -24,16 +29,19 @@ from accelerate import Accelerator
 
 from audio import SAMPLE_RATE_HZ
 from config import PrepareConfig, TrainConfig, parse_arguments
-from data import Batch, CutSettings, ShardDataset, Update, evaluation_loader, training_loader
+from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
+from memory import refuse_over_limit
 from metrics import Score, score_batch
-from model import ctc_loss_sum
 from processes import start_processes
 from progress import Progress, format_seconds
+from recovery import is_out_of_memory
 from run import Run, refuse_occupied_folder
 from schedule import learning_rate_at
 from text import required_frames
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+# How a rank's try at an update went; the worst of all ranks counts.
+DONE, TRIES_AGAIN, GIVES_UP = range(3)
 
 
 def main() -> None:
@@ -88,17 +96,11 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
         CTC loss summed over this rank's utterances (float64 scalar), and the gradient norm before clipping.
     """
     accelerator, config = run.accelerator, run.config
-    # Dropout and layerdrop are a function of (seed, step, rank), so a resume needs no random state.
-    draws = np.random.SeedSequence([config.seed, update.step, accelerator.process_index])
-    torch.manual_seed(int(draws.generate_state(1)[0]))
-    run.model.train()
-    run.gradients.zero()
+    losses = accumulate_gradients(run, update)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for batch in update.micro_batches:
-        loss = forward(run, batch)[2].sum()
-        accelerator.backward(loss / update.num_labels)
-        loss_sum += loss.detach()
-    run.gradients.sum_over_processes(accelerator)
+    for _, loss_B in losses:
+        loss_sum += loss_B.sum()
+    loss = run.gradients.sum_over_processes(accelerator, loss_sum / update.num_labels)
     grad_norm = accelerator.clip_grad_norm_(run.gradients.parameters, config.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate_at(
@@ -106,21 +108,57 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
         )
     if accelerator.scaler is None:
         # The scaler's own way to leave an update out, for fp32 and bf16: no weight ever becomes NaN.
-        fused = run.optimizer.optimizer
-        fused.grad_scale, fused.found_inf = None, (~torch.isfinite(grad_norm)).float()
+        run.leave_out_next_step((~torch.isfinite(grad_norm)).float())
     run.optimizer.step()
+    run.bad_updates.watch(update.step, losses, grad_norm, loss, run.write_bad_batches)
     return loss_sum, grad_norm
+
+
+def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Tensor]]:
+    """Forward and backward of this rank's micro-batches; again, in smaller cuts, when memory runs out (trap 29).
+
+    The ranks agree before any of them goes on: one that needs another try keeps the others waiting, with their
+    gradients as they are, and one that can never fit its share stops them all.
+
+    Returns:
+        The micro-batches with the loss of each utterance, loss_B.
+    """
+    losses, failure = None, None
+    while True:
+        if losses is None:
+            retries = run.cuts.retries
+            try:
+                losses = run.cuts.attempt(lambda: pass_micro_batches(run, update))
+            except RunFailed as error:
+                failure = error
+            run.meter.count("oom_retries", run.cuts.retries - retries)
+        status = run.status.worst(GIVES_UP if failure else TRIES_AGAIN if losses is None else DONE)
+        if status == GIVES_UP:
+            raise failure or RunFailed("another process of the run is out of memory; its own message says where")
+        if status == DONE:
+            return losses
+
+
+def pass_micro_batches(run: Run, update: Update) -> list[tuple[Batch, torch.Tensor]]:
+    """One try at an update, from zero gradients and from the same random state every time."""
+    # Dropout and layerdrop are a function of (seed, step, rank), so a resume needs no random state.
+    draws = np.random.SeedSequence([run.config.seed, update.step, run.accelerator.process_index])
+    torch.manual_seed(int(draws.generate_state(1)[0]))
+    run.model.train()
+    run.gradients.zero()
+    losses = []
+    for batch in run.cuts.divide(update.micro_batches):
+        loss_B = forward(run, batch)[2]
+        run.accelerator.backward(loss_B.sum() / update.num_labels)
+        losses.append((batch, loss_B.detach()))
+    return losses
 
 
 def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, of one micro-batch."""
-    batch = batch.to(run.accelerator.device)
-    with run.accelerator.autocast():
-        logits_BTV, frame_lengths_B = run.model(
-            batch.input_values_BS, batch.sample_lengths_B, batch.time_mask_BT, batch.feature_mask_BH
-        )
-    loss_B = ctc_loss_sum(logits_BTV, frame_lengths_B, batch.labels_L, batch.label_lengths_B, run.vocabulary.blank_id)
-    return logits_BTV, frame_lengths_B, loss_B
+    outputs = run.forward(batch)
+    refuse_over_limit(run.accelerator.device, run.config.memory_limit_mb)
+    return outputs
 
 
 @torch.no_grad()
@@ -131,10 +169,24 @@ def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str
     loader = evaluation_loader(dataset, rows, run.collate, run.eval_cut, run.config.dataloader_num_workers)
     with Progress(description, len(loader), "batches", run.is_main) as progress:
         for batch in loader:
-            score += score_one(run, batch)[0]
+            score += score_in_cuts(run, batch)[0]
             progress.advance(audio_seconds=batch.num_samples / SAMPLE_RATE_HZ)
     totals = score.to_vector().to(run.accelerator.device)
     return Score.from_vector(run.accelerator.reduce(totals, reduction="sum").cpu())
+
+
+def score_in_cuts(run: Run, batch: Batch) -> tuple[Score, list[str]]:
+    """Score and hypotheses of one batch, in smaller cuts when memory runs out: the scores are the same."""
+    retries = run.eval_cuts.retries
+    while (results := run.eval_cuts.attempt(lambda: score_pieces(run, batch))) is None:
+        pass
+    run.meter.count("oom_retries", run.eval_cuts.retries - retries)
+    return sum((score for score, _ in results), Score()), [text for _, texts in results for text in texts]
+
+
+def score_pieces(run: Run, batch: Batch) -> list[tuple[Score, list[str]]]:
+    """`score_one` of every piece that the limit makes of a batch."""
+    return [score_one(run, piece) for piece in run.eval_cuts.divide([batch])]
 
 
 def score_one(run: Run, batch: Batch) -> tuple[Score, list[str]]:
@@ -165,9 +217,9 @@ def transcribe_samples(run: Run) -> list[dict[str, object]]:
     """Rows for eval_samples.csv, made by the first rank alone: an utterance's text does not depend on its batch."""
     samples = []
     if run.is_main:
-        alone = CutSettings(0, 1, run.config.per_device_eval_batch_size, run.config.max_batch_seconds)
+        alone = dataclasses.replace(run.eval_cut, rank=0, num_processes=1)
         for batch in evaluation_loader(run.eval_set, run.sample_rows, run.collate, alone, num_workers=0):
-            hypotheses = score_one(run, batch)[1]
+            hypotheses = score_in_cuts(run, batch)[1]
             for utterance_id, reference, hypothesis in zip(batch.ids, batch.texts, hypotheses, strict=True):
                 samples.append(
                     {"step": run.state.step, "id": utterance_id, "reference": reference, "prediction": hypothesis}
@@ -241,10 +293,13 @@ def failing_by_name() -> Iterator[None]:
     except UsageError as error:
         # DataLoader puts the trace of its worker before the message.
         raise RunFailed(str(error).strip().splitlines()[-1].removeprefix("errors.UsageError: ")) from error
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RunFailed) or not is_out_of_memory(error):
+            raise
+        # Outside the passes through the model, which are done again in smaller cuts.
         raise RunFailed(
-            f"out of memory ({str(error).splitlines()[0]}): lower --per_device_train_batch_size and raise "
-            "--gradient_accumulation_steps by the same factor, or give --max_batch_seconds or --gradient_checkpointing"
+            f"out of memory ({str(error).strip().splitlines()[0]}): close other programs on the device, give "
+            "--gradient_checkpointing, or use a smaller model"
         ) from error
 
 

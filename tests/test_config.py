@@ -124,7 +124,7 @@ WRONG_TYPES = [
     (["--seed", "nan"], "--seed is 'nan', a whole number is needed"),
     (["--learning_rate", "fast"], "--learning_rate is 'fast', a number is needed"),
     (["--learning_rate", "nan"], "--learning_rate is 'nan', a number is needed"),
-    (["--max_batch_seconds", "inf"], "--max_batch_seconds is 'inf', a number or none is needed"),
+    (["--max_batch_seconds", "inf"], "--max_batch_seconds is 'inf', a number or one of auto or none is needed"),
     (["--learning_rate", "none"], "--learning_rate is 'none', a number is needed"),
     (["--case", "Upper"], "--case is 'Upper', one of auto, upper, lower, keep is needed"),
     (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing is 'maybe', true or false is needed"),

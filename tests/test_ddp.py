@@ -8,6 +8,7 @@ real launcher is tested at the end.
 import csv
 import gc
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -71,13 +72,42 @@ def _fork_rank(rank: int, request: dict) -> int:
     }  # fmt: skip
     sys.argv = ["train.py", *request["arguments"]]
     # The interpreter ends as it does for a user: that is where processes without end_training abort (trap 8).
-    sys.exit(_run_rank(folder / f"rank_{rank}.pt", request["stop_at"]))
+    failure = request["failure"] if request["failure"] and request["failure"]["rank"] == rank else None
+    sys.exit(_run_rank(folder / f"rank_{rank}.pt", request["stop_at"], failure))
 
 
-def _run_rank(record_path: Path, stop_at: int | None) -> int:
+def _inject(failure: dict) -> None:
+    """Make this rank fail in an update: in the forward or backward pass of these micro-batches, or by ending."""
+    import train
+
+    original, passes = train.forward, itertools.count()
+
+    def is_due(run: train.Run) -> bool:
+        return run.model.training and run.state.step == failure["step"] and next(passes) in failure["passes"]
+
+    def forward(run: train.Run, batch: train.Batch) -> tuple[torch.Tensor, ...]:
+        outputs = original(run, batch)
+        if is_due(run):
+            if failure["where"] == "end":
+                os._exit(9)
+            if failure["where"] == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
+            outputs[2].register_hook(_run_out_of_memory)
+        return outputs
+
+    train.forward = forward
+
+
+def _run_out_of_memory(_: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
+
+
+def _run_rank(record_path: Path, stop_at: int | None, failure: dict | None) -> int:
     import train
     from errors import exit_status
 
+    if failure:
+        _inject(failure)
     record: dict[str, list] = {"gradients": [], "trained": [], "scored": []}
     train_step, evaluate, score_one = train.train_step, train.evaluate, train.score_one
     evaluating = []
@@ -159,12 +189,15 @@ def run_ranks(server: subprocess.Popen, tmp_path: Path) -> Callable[..., Ranks]:
     """Train with a number of processes, into the run directory of this name."""
     numbers = iter(range(100))
 
-    def run(num_processes: int, name: str, *arguments: object, stop_at: int | None = None) -> Ranks:
+    def run(
+        num_processes: int, name: str, *arguments: object, stop_at: int | None = None, failure: dict | None = None,
+        status: int = 0,
+    ) -> Ranks:  # fmt: skip
         folder = tmp_path / f"ranks_{next(numbers)}"
         folder.mkdir()
         request = {
             "num_processes": num_processes, "folder": str(folder), "port": free_port(), "stop_at": stop_at,
-            "arguments": [*map(str, arguments), "--output_dir", str(tmp_path / name)],
+            "failure": failure, "arguments": [*map(str, arguments), "--output_dir", str(tmp_path / name)],
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
@@ -173,8 +206,9 @@ def run_ranks(server: subprocess.Popen, tmp_path: Path) -> Callable[..., Ranks]:
             [(folder / f"rank_{rank}.{stream}").read_text() for rank in range(num_processes)]
             for stream in ("out", "err")
         )
-        assert stop_at is not None or any(statuses) is False, "\n".join(stderr)
-        records = [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(num_processes)]
+        assert stop_at is not None or statuses[0] == status, "\n".join(stderr)
+        paths = [folder / f"rank_{rank}.pt" for rank in range(num_processes)]
+        records = [torch.load(path, weights_only=True) for path in paths if path.exists()]
         return Ranks(statuses, stdout, stderr, records, tmp_path / name)
 
     return run
@@ -311,10 +345,64 @@ def test_every_rank_refuses_and_the_first_says_why(
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, vocabulary="large_960h", case="lower")
     refused = run_ranks(2, "run", "--config", recipe, stop_at=-1)
     assert refused.statuses == [2, 2]
-    assert refused.stderr[0].startswith("error: the vocabulary knows ")
+    assert refused.stderr[0].startswith("error: preflight refuses: coverage train: ")
     assert refused.stderr[0].count("\n") == 1
-    assert refused.stderr[1] == "".join(refused.stdout) == ""
+    assert "with --case upper coverage is 100.00%" in refused.stderr[0]
+    assert refused.stderr[1] == refused.stdout[1] == ""
     assert not (tmp_path / "run").exists()
+
+
+# --- Out of memory on one rank -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_memory_that_runs_out_on_one_rank_changes_nothing(
+    where: str, prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Promise 1: the rank does its share of the update again in smaller cuts, and the other waits for it.
+
+    The second failure comes when the first piece has added its gradients already (trap 29).
+    """
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=TINY_GROUP_NORM_MODEL | MASKS | {"initializer_range": 0.1},
+        per_device_train_batch_size=4, max_steps=4, do_predict=False, save_steps=4,
+    )  # fmt: skip
+    whole = run_ranks(2, "whole", "--config", recipe)
+    failure = {"rank": 1, "step": 2, "where": where, "passes": [0, 2]}
+    found = run_ranks(2, "found", "--config", recipe, failure=failure)
+    assert found.statuses == [0, 0]
+    assert_same_training(found, whole, steps=4)
+    assert found.column("oom_retries") == [0, 0, 2, 2]
+    said = [line for line in found.stderr[1].splitlines() if "out of memory in an update" in line]
+    assert len(said) == 2
+    assert said[0].startswith("[rank 1] out of memory in an update, with 4 clips of up to ")
+    assert all(name in said[0] for name in whole.records[1]["trained"][2])
+    assert found.stderr[0] == ""
+    pair = [(ranks.column("eval_wer"), ranks.column("eval_cer")) for ranks in (found, whole)]
+    assert repr(pair[0]) == repr(pair[1])
+
+
+def test_memory_that_never_suffices_on_one_rank_stops_all_ranks(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, save_steps=2)
+    failure = {"rank": 1, "step": 3, "where": "forward", "passes": list(range(100))}
+    stopped = run_ranks(2, "run", "--config", recipe, failure=failure, status=1)
+    assert stopped.statuses == [1, 1]
+    assert "[rank 1] failed: out of memory in an update with a single clip of " in stopped.stderr[1]
+    assert stopped.stderr[0] == "failed: another process of the run is out of memory; its own message says where\n"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_a_rank_that_ends_stops_the_others_at_once(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, save_steps=2)
+    failure = {"rank": 1, "step": 3, "where": "end", "passes": [0]}
+    stopped = run_ranks(2, "run", "--config", recipe, failure=failure, status=1)
+    assert stopped.statuses == [1, 9]
+    (line,) = stopped.stderr[0].splitlines()
+    assert line.startswith("failed: another process of the run has ended (")
 
 
 # --- The launcher itself -------------------------------------------------------------------------------------------

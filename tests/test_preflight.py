@@ -1,268 +1,302 @@
-"""Who trains and why not, whether vocabulary and disk fit, and what is said about it."""
+"""The command, its screen and files, and what train.py does with the same checks."""
 
 import csv
-import itertools
+import json
 import os
 import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import write_part
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import TINY_MODEL, make_rows, write_part, write_recipe
 
-from config import TrainConfig
-from data import ShardDataset
-from errors import UsageError
-from preflight import (
-    Selection,
-    check_coverage,
-    check_disk,
-    draw_subset,
-    select_training_rows,
-    show_utterances,
-    write_drop_list,
-)
-from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary
-
-# Frames of 20 ms, without overlap: 320 samples each.
-ENCODER = SimpleNamespace(conv_kernel=[20, 16], conv_stride=[20, 16])
-FRAME = 320
-LARGE_960H = Vocabulary(LARGE_960H_VOCABULARY)
-UPPER = TextNormalizer(',?.!-;:"', "upper")
+import preflight
+import processes
+import train
+from data import BatchPlan, CutSettings, cut_update
+from errors import UsageError, exit_status
+from findings import Finding, worst_verdict
+from preflight import Report, check_disk, check_ranks
+from runlog import read_log
 
 
-def make_dataset(folder: Path, clips: list[tuple[int, str]], rows_per_batch: int = 3) -> ShardDataset:
-    """A training split of silent clips with these lengths in samples and texts; ids are u0, u1, ..."""
-    rows = [(f"u{index}", np.zeros(length, np.int16), text, "ann") for index, (length, text) in enumerate(clips)]
-    write_part(folder / "data" / "train" / "part_1", rows, rows_per_batch)
-    return ShardDataset(folder / "data" / "train")
+@pytest.fixture(autouse=True)
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Accelerate keeps its state in singletons, which a process of the user has once."""
+    monkeypatch.setattr(processes, "_die_with_launcher", lambda: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
-def select(dataset: ShardDataset, **settings: object) -> Selection:
-    return select_training_rows(dataset, TrainConfig(**settings), UPPER, LARGE_960H, ENCODER)
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """preflight.py with these arguments, in this process: its exit status."""
+    return command_of(preflight.main, "preflight.py", monkeypatch)
 
 
-MIXED = [
-    (16_000, "good"),
-    (16_000, "?!"),  # no label
-    (1_599, "a"),  # below 0.1 s
-    (1_600, "a"),  # 0.1 s exactly
-    (320_000, "twenty seconds"),  # 20 s exactly
-    (320_001, "more"),
-    (5 * FRAME, "aabb"),  # 4 labels and 2 repeats need 6 frames
-    (6 * FRAME, "aabb"),
-    (6 * FRAME, "abcdefg"),
-    (100, "   "),  # no label and too short: the first reason counts
-    (16_000, "A B"),
-]
-MIXED_DROPS = [
-    (1, "no_labels", "the text is empty after normalisation"),
-    (9, "no_labels", "the text is empty after normalisation"),
-    (2, "too_short", "0.100 s of at least 0.1 s"),
-    (5, "too_long", "20.000 s of at most 20.0 s"),
-    (6, "more_labels_than_frames", "5 frames, 6 needed for 4 labels"),
-    (8, "more_labels_than_frames", "6 frames, 7 needed for 7 labels"),
-]
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """train.py likewise."""
+    return command_of(train.main, "train.py", monkeypatch)
 
 
-def test_promise_4_each_reason_with_its_figures(tmp_path: Path) -> None:
-    selection = select(make_dataset(tmp_path, MIXED))
-    assert selection.rows.tolist() == [0, 3, 4, 7, 10]
-    assert selection.num_labels.tolist() == [4, 1, 14, 4, 3]
-    assert list(selection.dropped) == sorted(MIXED_DROPS)
-    assert selection.drops_by_reason == {
-        "no_labels": 2, "too_short": 1, "too_long": 1, "more_labels_than_frames": 2,
-    }  # fmt: skip
-    assert np.flatnonzero(selection.reasons == 0).tolist() == [0, 3, 4, 7, 10]
+def command_of(main: Callable[[], None], name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    def start(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return exit_status(main)
+
+    return start
 
 
-@pytest.mark.parametrize("max_train_samples", [None, 1, 3, 100])
-@pytest.mark.parametrize("train_fraction", [1.0, 0.5, 0.01])
-def test_promise_4_nothing_dropped_in_silence(
-    tmp_path: Path, train_fraction: float, max_train_samples: int | None
+def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:
+    """preflight.json, and its findings by check."""
+    report = json.loads((folder / "preflight.json").read_text())
+    return report, {finding["check"]: finding for finding in report["findings"]}
+
+
+# --- The command ---------------------------------------------------------------------------------------------------
+
+
+def test_ready_is_status_0_a_screen_and_three_files(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
-    dataset = make_dataset(tmp_path, MIXED * 3)
-    selection = select(dataset, train_fraction=train_fraction, max_train_samples=max_train_samples)
-    dropped = [row for row, _, _ in selection.dropped]
-    assert sorted([*selection.rows, *dropped]) == list(range(len(dataset)))
-    assert all(reason and detail for _, reason, detail in selection.dropped)
-    assert selection.drops_by_reason.total() == len(dropped)
-    write_drop_list(tmp_path / "drop_list.csv", dataset, selection)
-    with (tmp_path / "drop_list.csv").open(newline="") as file:
-        listed = list(csv.DictReader(file))
-    assert [row["id"] for row in listed] == [f"u{row}" for row in sorted(dropped)]
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_duration_in_seconds=0.8)
+    assert check("--config", recipe) == 0
+    screen = capsys.readouterr().out
+    for words in ("check", "result", "verdict", "remedy", "coverage train", "memory training", "ranks", "decoded"):
+        assert words in screen
+    assert screen.splitlines()[-1].startswith("ready")
+    folder = prepared / "preflight"
+    assert sorted(path.name for path in folder.iterdir()) == ["drop_list.csv", "preflight.json", "suspects.csv"]
+    report, findings = read_report(folder)
+    with (folder / "drop_list.csv").open(newline="") as file:
+        drops = list(csv.DictReader(file))
+    assert {row["reason"] for row in drops} == {"too_long"}
+    assert report["left_out"] == {"too_long": len(drops)}
+    assert report["verdict"] == worst_verdict(Finding(**finding) for finding in report["findings"])
+    assert findings["coverage train"]["facts"]["unknown_fraction"] == 0
+    assert findings["memory training"]["facts"]["peak_bytes"] > 1e8
 
 
-def test_promise_4_drop_list_says_split_id_reason_detail(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, MIXED)
-    write_drop_list(tmp_path / "drop_list.csv", dataset, select(dataset, max_train_samples=4))
-    lines = (tmp_path / "drop_list.csv").read_text().splitlines()
-    assert lines[:4] == [
-        "split,id,reason,detail",
-        "train,u1,no_labels,the text is empty after normalisation",
-        "train,u2,too_short,0.100 s of at least 0.1 s",
-        "train,u5,too_long,20.000 s of at most 20.0 s",
-    ]
-    assert '"5 frames, 6 needed for 4 labels"' in lines[4]
-    assert [line for line in lines if "not_in_subset,train_fraction or max_train_samples" in line] != []
-    assert len(lines) == 1 + 11 - 4
+def test_the_report_may_lie_where_the_run_will(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], run: Callable[..., int]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
+    assert check("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    drops = (tmp_path / "run" / "drop_list.csv").read_text()
+    assert run("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "drop_list.csv").read_text() == drops
+    assert {"preflight.json", "model"} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
-def test_drop_list_survives_ids_with_commas_quotes_and_line_ends(tmp_path: Path) -> None:
-    odd = 'a,"b"\nc;ü'
-    write_part(tmp_path / "data" / "train" / "part_1", [(odd, np.zeros(10, np.int16), "x", ""), MIXED_ROW])
-    dataset = ShardDataset(tmp_path / "data" / "train")
-    write_drop_list(tmp_path / "drop_list.csv", dataset, select(dataset))
-    with (tmp_path / "drop_list.csv").open(newline="", encoding="utf-8") as file:
-        assert [row["id"] for row in csv.DictReader(file)] == [odd]
+def test_promise_5_lower_case_text_is_refused_and_the_remedy_named(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], run: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """The English seed's night of WER 1.0; the default trains."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, vocabulary="large_960h", max_steps=1)
+    for command, folder in ((check, "report"), (run, "refused")):
+        assert command("--config", recipe, "--case", "lower", "--output_dir", tmp_path / folder) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: preflight refuses: coverage train: ")
+        assert error.count("\n") == 1
+        assert (
+            "text is lower-case (--case lower), vocabulary upper-case: with --case upper coverage is 100.00%" in error
+        )
+    assert read_report(tmp_path / "report")[0]["verdict"] == "refused"
+    assert not (tmp_path / "refused").exists(), "a run that is refused writes nothing"
+    assert run("--config", recipe, "--output_dir", tmp_path / "trained") == 0
 
 
-MIXED_ROW = ("fine", np.zeros(16_000, np.int16), "fine", "")
+def test_warn_goes_on_in_spite_of_a_refusal(prepared: Path, tmp_path: Path, run: Callable[..., int]) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, vocabulary="large_960h", max_steps=1)
+    flags = ("--case", "lower", "--preflight", "warn", "--output_dir", tmp_path / "run")
+    assert run("--config", recipe, *flags) == 0
+    assert read_report(tmp_path / "run")[0]["verdict"] == "refused"
+    assert len(read_log(tmp_path / "run" / "training_log.csv")) == 1
 
 
-def test_a_run_that_drops_nothing_has_an_empty_list(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, [(16_000, "one"), (16_000, "two")])
-    write_drop_list(tmp_path / "drop_list.csv", dataset, select(dataset))
-    assert (tmp_path / "drop_list.csv").read_text() == "split,id,reason,detail\n"
+def test_strict_refuses_on_warnings(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """Here a test set in another alphabet."""
+    shutil.rmtree(prepared / "test")
+    rows = [(name, audio, "один", speaker) for name, audio, _, speaker in make_rows(4, seed=3)]
+    write_part(prepared / "test" / "part_1", rows)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    assert check("--config", recipe) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "ready, with warnings"
+    assert check("--config", recipe, "--strict") == 2
+    error = capsys.readouterr().err
+    assert "coverage test: 0.00% of 16 characters known" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("clips", "settings", "message"),
+    ("flags", "named"),
     [
-        ([(16_000, "one")], {"min_duration_in_seconds": 2.0}, "too_short 1): lower --min_duration_in_seconds"),
-        ([(64_000, "one")], {"max_duration_in_seconds": 2.0}, "too_long 1): raise --max_duration_in_seconds"),
-        ([(16_000, "!?")] * 3, {}, "of 3 is left (no_labels 3): check the text column and --characters_to_ignore"),
-        (
-            [(10 * FRAME, "abc def ghi jkl")] * 2 + [(16_000, "!")],
-            {},
-            "(more_labels_than_frames 2, no_labels 1): check that texts and clips belong together",
-        ),
+        ([], ("--data_dir is missing", "--model_name_or_path")),
+        (["--data_dir", "nowhere"], ("--model_name_or_path",)),
+        (["--data_dir", "nowhere", "--model_name_or_path", "x/y"], ("nowhere/train", "prepare.py")),
+        (["--stric", "--data_dir", "x"], ("--stric", "nearest", "strict")),
     ],
 )
-def test_nothing_left_names_what_took_it(
-    tmp_path: Path, clips: list[tuple[int, str]], settings: dict[str, object], message: str
+def test_wrong_use_is_one_line(
+    flags: list[str], named: tuple[str, ...], tmp_path: Path, check: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert check(*flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(words in error for words in named)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Memory --------------------------------------------------------------------------------------------------------
+
+
+# Wide enough for its memory to show beside the libraries'.
+WIDE_MODEL = TINY_MODEL | {"conv_dim": [256, 256]}
+
+
+def write_long_clips(data_dir: Path) -> None:
+    """Training clips of 2 s each, so that a batch weighs something."""
+    shutil.rmtree(data_dir / "train")
+    rng = np.random.default_rng(0)
+    rows = [(f"long{i}", rng.integers(-9_000, 9_000, 32_000).astype(np.int16), "ABC DE", "ann") for i in range(16)]
+    write_part(data_dir / "train" / "part_1", rows)
+
+
+def test_promise_5_a_batch_that_does_not_fit_is_refused_with_one_that_does(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
-    with pytest.raises(UsageError) as refused:
-        select(make_dataset(tmp_path, clips), **settings)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
+    """The remedy is measured: with it the same limit suffices."""
+    write_long_clips(prepared)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=WIDE_MODEL, per_device_train_batch_size=16, vocabulary="train"
+    )
+    assert check("--config", recipe) == 0
+    peak = read_report(prepared / "preflight")[1]["memory training"]["facts"]["peak_bytes"] / 1e6
+    assert check("--config", recipe, "--per_device_train_batch_size", 1) == 0
+    least = read_report(prepared / "preflight")[1]["memory training"]["facts"]["peak_bytes"] / 1e6
+    limit = (peak + least) / 2
+    capsys.readouterr()
+    assert check("--config", recipe, "--memory_limit_mb", limit) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "memory training: does not fit: heaviest batch 16 x 2.0 s" in error
+    seconds = float(error.partition("with --max_batch_seconds ")[2].partition(" ")[0])
+    assert 2 <= seconds < 32
+    assert check("--config", recipe, "--memory_limit_mb", limit, "--max_batch_seconds", seconds) == 0
+    assert check("--config", recipe, "--memory_limit_mb", least / 2) == 2
+    assert "one clip of 2.0 s is too much: --gradient_checkpointing, a lower" in capsys.readouterr().err
 
 
-def test_subsets_are_fixed_by_the_seed_and_lie_in_each_other(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, [(16_000, "one")] * 60, rows_per_batch=60)
-    subsets = [select(dataset, train_fraction=share).rows.tolist() for share in (0.1, 0.25, 0.5, 1.0)]
-    assert [len(rows) for rows in subsets] == [6, 15, 30, 60]
-    assert all(set(small) < set(large) for small, large in itertools.pairwise(subsets))
-    assert all(rows == sorted(rows) for rows in subsets)
-    assert select(dataset, max_train_samples=15).rows.tolist() == subsets[1]
-    assert select(dataset, train_fraction=0.5, max_train_samples=6).rows.tolist() == subsets[0]
-    assert select(dataset, train_fraction=0.25).rows.tolist() == subsets[1]
-    assert select(dataset, train_fraction=0.25, seed=1).rows.tolist() != subsets[1]
-    assert len(select(dataset, train_fraction=1e-6).rows) == 1
-
-
-def test_evaluation_subset_is_fixed_by_the_seed_alone() -> None:
-    rows = np.arange(100, 200)
-    assert draw_subset(rows, None, 1).tolist() == rows.tolist()
-    assert draw_subset(rows, 100, 1).tolist() == rows.tolist()
-    assert draw_subset(rows, 1_000, 1).tolist() == rows.tolist()
-    first, second = draw_subset(rows, 10, 1).tolist(), draw_subset(rows, 20, 1).tolist()
-    assert set(first) < set(second) < set(rows.tolist())
-    assert (first, len(first)) == (sorted(first), 10)
-    np.random.seed(5)
-    assert draw_subset(rows, 10, 1).tolist() == first
-    assert draw_subset(rows, 10, 2).tolist() != first
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Vocabulary
-
-
-@pytest.mark.parametrize(
-    ("texts", "normalizer", "remedy"),
-    [
-        # The English seed's WER of 1.0 for a whole night: lower-case text, upper-case vocabulary (trap 20).
-        (["one two", "three"], TextNormalizer(case="lower"), "with --case upper coverage is 100.00%"),
-        (["one two", "three"], TextNormalizer(case="keep"), "with --case upper coverage is 100.00%"),
-        (
-            ["ONE, TWO!", "THREE (3 IS IT)".replace("3", "TREE")],
-            TextNormalizer(case="upper"),
-            "with !(), added to --characters_to_ignore coverage is 100.00%",
-        ),
-        (
-            ["one, two!", "“three”"],
-            TextNormalizer(case="keep"),
-            "with --case upper and !,“” added to --characters_to_ignore coverage is 100.00%",
-        ),
-        (["один два"], TextNormalizer(case="upper"), "build a vocabulary from the text with --vocabulary train"),
-        # Tone marks belong to their letters: nobody is told to throw them away.
-        (["o\u0323\u0300 wa"], TextNormalizer(case="upper"), "build a vocabulary from the text"),
-        (["route 66", "4 x 4"], TextNormalizer(case="upper"), "build a vocabulary from the text"),
-    ],
-)
-def test_promise_5_a_vocabulary_that_does_not_fit_names_the_setting_that_mends_it(
-    tmp_path: Path, texts: list[str], normalizer: TextNormalizer, remedy: str
+def test_auto_finds_a_budget_that_fits_and_changes_no_update(
+    prepared: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
-    dataset = make_dataset(tmp_path, [(16_000, text) for text in texts])
-    with pytest.raises(UsageError) as refused:
-        check_coverage(dataset, normalizer, LARGE_960H)
-    assert remedy in str(refused.value)
-    assert "\n" not in str(refused.value)
+    write_long_clips(prepared)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=WIDE_MODEL, per_device_train_batch_size=16, max_steps=2,
+        learning_rate=1e-5,
+    )  # fmt: skip
+    assert run("--config", recipe, "--output_dir", tmp_path / "plain") == 0
+    facts = read_report(tmp_path / "plain")[1]["memory training"]["facts"]
+    used = preflight.used_bytes(torch.device("cpu"))
+    limit = (used + (facts["peak_bytes"] - used) * 0.7) / 1e6
+    flags = ("--max_batch_seconds", "auto", "--memory_limit_mb", limit)
+    assert run("--config", recipe, "--output_dir", tmp_path / "auto", *flags) == 0
+    report, findings = read_report(tmp_path / "auto")
+    seconds = report["max_batch_seconds"]
+    assert 2 <= seconds < 32
+    assert f"--max_batch_seconds {seconds:g} does the same" in findings["batch seconds"]["result"]
+    assert findings["memory training"]["verdict"] == "ok", "a margin is left"
+    assert findings["ranks"]["facts"]["micro_batches_per_update"] > 1
+    assert f"max_batch_seconds: {seconds}" in (tmp_path / "auto" / "config.yaml").read_text()
+    plain, auto = (read_log(tmp_path / name / "training_log.csv") for name in ("plain", "auto"))
+    for column in ("train_loss", "grad_norm", "eval_loss"):
+        np.testing.assert_allclose(plain[column], auto[column], rtol=2e-5)
 
 
-def test_promise_5_coverage_says_value_limit_and_characters(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, [(16_000, "aabb c"), (16_000, "b")])
-    with pytest.raises(UsageError, match=r"knows 0.00% of the training characters, at least 99.5% .* unknown: b a c;"):
-        check_coverage(dataset, TextNormalizer(case="lower"), LARGE_960H)
+def test_memory_that_really_runs_out_in_an_update_changes_nothing(
+    prepared: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """A limit that the preflight refuses, gone on with: each update is done in cuts that fit."""
+    write_long_clips(prepared)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=WIDE_MODEL, per_device_train_batch_size=16, max_steps=2,
+        learning_rate=1e-5,
+    )  # fmt: skip
+    assert run("--config", recipe, "--output_dir", tmp_path / "plain") == 0
+    facts = read_report(tmp_path / "plain")[1]["memory training"]["facts"]
+    used = preflight.used_bytes(torch.device("cpu"))
+    limit = (used + (facts["peak_bytes"] - used) * 0.3) / 1e6
+    capsys.readouterr()
+    flags = ("--preflight", "warn", "--memory_limit_mb", limit)
+    assert run("--config", recipe, "--output_dir", tmp_path / "short", *flags) == 0
+    error = capsys.readouterr().err
+    assert "out of memory in an update, with 16 clips of up to 2.0 s (long" in error
+    assert f"MB in use, --memory_limit_mb {limit:g}): done again, from now on in cuts of at most 16.0 s" in error
+    assert error.count("done again") == 1, "the smaller cut is kept"
+    plain, short = (read_log(tmp_path / name / "training_log.csv") for name in ("plain", "short"))
+    assert short["oom_retries"].iloc[-1] == 1
+    for column in ("train_loss", "grad_norm", "eval_loss"):
+        np.testing.assert_allclose(plain[column], short[column], rtol=2e-5)
 
 
-def test_a_few_unknown_characters_are_said_and_allowed(tmp_path: Path) -> None:
-    texts = ["A" * 200] * 5
-    fits = make_dataset(tmp_path / "fits", [(16_000, text) for text in texts])
-    assert check_coverage(fits, UPPER, LARGE_960H) == "100.00% of 1000 characters known"
-    nearly = make_dataset(tmp_path / "nearly", [(16_000, text) for text in [*texts[:4], "A" * 196 + "ÉÉÈ&"]])
-    assert check_coverage(nearly, UPPER, LARGE_960H) == "99.60% of 1000 characters known; unknown: 'É' 2, '&' 1, 'È' 1"
-    limit = make_dataset(tmp_path / "limit", [(16_000, text) for text in [*texts[:4], "A" * 195 + "É" * 5]])
-    assert check_coverage(limit, UPPER, LARGE_960H).startswith("99.50%")
-    above = make_dataset(tmp_path / "above", [(16_000, text) for text in [*texts[:4], "A" * 194 + "É" * 6]])
-    with pytest.raises(UsageError, match=r"99\.40%"):
-        check_coverage(above, UPPER, LARGE_960H)
+def test_memory_that_runs_out_in_an_evaluation_changes_no_score(
+    prepared: Path, tmp_path: Path, run: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """The English seed's second wall, in the first evaluation."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=2, eval_steps=1)
+    assert run("--config", recipe, "--output_dir", tmp_path / "plain") == 0
+    original = train.score_one
+
+    def score_one(of_run: train.Run, batch: train.Batch) -> tuple:
+        if len(batch.ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
+        return original(of_run, batch)
+
+    monkeypatch.setattr(train, "score_one", score_one)
+    capsys.readouterr()
+    assert run("--config", recipe, "--output_dir", tmp_path / "cut") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory in an evaluation" in line]
+    plain, cut = (read_log(tmp_path / name / "training_log.csv") for name in ("plain", "cut"))
+    for column in ("eval_wer", "eval_cer", "blank_fraction"):
+        assert plain[column].tolist() == cut[column].tolist()
+    np.testing.assert_allclose(plain["eval_loss"], cut["eval_loss"], rtol=1e-5)
+    assert len(said) == cut["oom_retries"].iloc[-1] > 0
+    assert (tmp_path / "plain" / "eval_samples.csv").read_text() == (tmp_path / "cut" / "eval_samples.csv").read_text()
 
 
-def test_spaces_need_a_word_delimiter(tmp_path: Path) -> None:
-    """Otherwise each space would be learned as an unknown character, with a coverage of 100 %."""
-    vocabulary = Vocabulary({"<pad>": 0, "<unk>": 1, "A": 2, "B": 3})
-    spaced = make_dataset(tmp_path / "spaced", [(16_000, "AB BA")])
-    with pytest.raises(UsageError, match="unknown: \u2423; no such setting mends it: build a vocabulary"):
-        check_coverage(spaced, TextNormalizer(), vocabulary)
-    together = make_dataset(tmp_path / "together", [(16_000, "ABBA")])
-    assert check_coverage(together, TextNormalizer(), vocabulary) == "100.00% of 4 characters known"
+# --- Ranks, disk, verdicts -----------------------------------------------------------------------------------------
 
 
-def test_three_utterances_are_shown_as_text_ids_and_text(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path, [(16_000, text) for text in ("Aunt, it's", "É", "two", "three", "four")])
-    lines = show_utterances(dataset, np.array([1, 0, 3, 4]), UPPER, LARGE_960H)
-    assert lines[4:8] == [
-        "  text       Aunt, it's",
-        "  normalised AUNT IT'S",
-        "  ids        [7, 16, 9, 6, 4, 10, 6, 27, 12]",
-        "  decoded    AUNT IT'S",
-    ]
-    assert lines[:4] == ["  text       É", "  normalised É", "  ids        [3]", "  decoded    <unk>"]
-    assert len(lines) == 3 * 4
-
-
-def test_promise_5_a_round_trip_that_differs_is_refused(tmp_path: Path) -> None:
-    """Here a tokenizer that cleans up spaces takes one out of the text, as WE 'RE becomes WE'RE."""
-    vocabulary = Vocabulary(LARGE_960H_VOCABULARY, cleans_up_spaces=True)
-    dataset = make_dataset(tmp_path, [(16_000, "rock ' roll")])
-    with pytest.raises(UsageError, match='"ROCK \' ROLL" became "ROCK\'ROLL"; check --vocabulary, --case and'):
-        show_utterances(dataset, np.array([0]), UPPER, vocabulary)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Disk
+@pytest.mark.parametrize(("num_processes", "seconds"), [(1, None), (2, None), (3, 4.0)])
+def test_seconds_of_each_rank_are_those_of_the_plan(num_processes: int, seconds: float | None) -> None:
+    rng = np.random.default_rng(0)
+    lengths = (rng.uniform(0.5, 3.0, 100) * 16_000).astype(np.int32)
+    plan, cut = BatchPlan(np.arange(100), lengths, 12, seed=1), CutSettings(0, num_processes, 2, seconds)
+    finding = check_ranks(SimpleNamespace(plan=plan, cut=cut))
+    expected, micro_steps = np.zeros(num_processes), []
+    for _, _, positions in plan.updates(0, plan.updates_per_epoch):
+        cuts = cut_update(lengths[positions], num_processes, 2, cut.max_batch_samples)
+        micro_steps.append(len(cuts))
+        for of_rank in cuts:
+            assert len(of_rank) == num_processes
+            expected += [lengths[positions[rows]].sum() for rows in of_rank]
+    assert finding.facts["seconds_per_rank"] == pytest.approx(expected / 16_000)
+    assert finding.facts["micro_batches_per_update"] == pytest.approx(np.mean(micro_steps))
+    assert sum(finding.facts["seconds_per_rank"]) == pytest.approx(lengths.sum() / 16_000)
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,9 +308,10 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     wanted = tmp_path / "runs" / "new"
-    assert check_disk(wanted, 5_000_000_000) == "5.00 GB needed, 5.0 GB free"
-    with pytest.raises(UsageError, match=r"has 5.0 GB free, the run needs 6.1 GB: lower --save_total_limit or choose"):
-        check_disk(wanted, 6_100_000_000)
+    assert check_disk(wanted, 5_000_000_000).result == "5.00 GB needed, 5.0 GB free"
+    finding = check_disk(wanted, 6_100_000_000)
+    assert (finding.verdict, finding.remedy[:26]) == ("refused", "lower --save_total_limit o")
+    assert "6.10 GB needed, 5.0 GB free" in finding.result
     assert set(asked) == {tmp_path}, "the folder is not made to look at its disk"
     assert not wanted.exists()
 
@@ -293,4 +328,53 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: 
 
 def test_a_relative_folder_is_looked_up_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert check_disk(Path("runs/new"), 0).startswith("0.00 GB needed, ")
+    assert check_disk(Path("runs/new"), 0).result.startswith("0.00 GB needed, ")
+
+
+FINE = Finding("a", "fine")
+ODD = Finding("b", "odd", "warning", "look at it")
+BAD = Finding("c", "bad", "refused", "mend it")
+
+
+@pytest.mark.parametrize(
+    ("findings", "is_strict", "message"),
+    [
+        ([FINE], True, None),
+        ([FINE, ODD], False, None),
+        ([FINE, ODD], True, "preflight refuses: b: odd: look at it"),
+        ([ODD, BAD], False, "preflight refuses: c: bad: mend it"),
+        ([ODD, BAD], True, "preflight refuses: b: odd: look at it; c: bad: mend it"),
+    ],
+)
+def test_what_a_report_refuses(findings: list[Finding], is_strict: bool, message: str | None) -> None:
+    report = Report(tuple(findings), (), None)
+    if message is None:
+        report.refuse(is_strict)
+    else:
+        with pytest.raises(UsageError) as refused:
+            report.refuse(is_strict)
+        assert str(refused.value) == message
+
+
+def test_a_verdict_needs_a_remedy() -> None:
+    with pytest.raises(AssertionError, match="without a remedy"):
+        Finding("a", "bad", "refused")
+
+
+def test_user_settings_of_the_allocator_stay() -> None:
+    import subprocess
+
+    script = "import allocator, os; print(sorted(k for k in os.environ if 'ALLOC_CONF' in k), allocator.describe())"
+    plain = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    for own, expected in (
+        ({}, "['PYTORCH_ALLOC_CONF'] PYTORCH_ALLOC_CONF=expandable_segments:True"),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            "['PYTORCH_CUDA_ALLOC_CONF'] PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64",
+        ),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=plain | own, check=True,
+            cwd=Path(preflight.__file__).parent,
+        )  # fmt: skip
+        assert done.stdout.strip() == expected

@@ -180,7 +180,7 @@ def test_one_process_adds_nothing() -> None:
     gradients = SharedGradients(list(model.parameters()))
     model(torch.ones(1, 3)).sum().backward()
     before = gradients.buffer.clone()
-    gradients.sum_over_processes(SimpleNamespace(num_processes=1))
+    gradients.sum_over_processes(SimpleNamespace(num_processes=1), torch.tensor(2.5))
     assert torch.equal(gradients.buffer, before)
 
 
@@ -190,10 +190,19 @@ def test_several_processes_sum_every_piece_once(monkeypatch: pytest.MonkeyPatch)
     sizes = []
     monkeypatch.setattr(processes, "NUMBERS_PER_REDUCTION", 7)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda piece: sizes.append(len(piece)) or piece.mul_(2))
-    gradients.sum_over_processes(SimpleNamespace(num_processes=2))
+    loss = gradients.sum_over_processes(SimpleNamespace(num_processes=2), torch.tensor(2.5))
+    assert loss == 5.0, "the loss travels behind the gradients"
     assert torch.equal(gradients.buffer, 2.0 * torch.arange(gradients.buffer.numel()))
     assert max(sizes) == 7
-    assert sum(sizes) == gradients.buffer.numel()
+    assert sum(sizes) == gradients.buffer.numel() + 1
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_spoils_the_gradients(loss: float) -> None:
+    """Otherwise a loss scaler would step on them: it looks at gradients alone."""
+    gradients = SharedGradients(list(layers().parameters()))
+    gradients.sum_over_processes(SimpleNamespace(num_processes=1), torch.tensor(loss))
+    assert not torch.isfinite(gradients.buffer).all()
 
 
 def test_half_precision_weights_are_our_own_mistake() -> None:

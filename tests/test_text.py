@@ -18,6 +18,7 @@ from text import (
     build_vocabulary,
     measure_coverage,
     required_frames,
+    required_frames_many,
     resolve_case,
 )
 
@@ -219,3 +220,25 @@ def test_bad_vocabularies_are_refused(tokens: dict[str, int], message: str) -> N
     if "|" in tokens and 4 not in tokens.values():
         with pytest.raises(UsageError, match=message):
             Vocabulary(tokens)
+
+
+TEXTS = ["", "aa b", "aab", "b", "", "", "bb bb", "é|x", "b b", ""]
+
+
+@pytest.mark.parametrize("texts", [TEXTS, [], [""], ["", ""], ["a"], ["aa"], TEXTS[::-1], [t for t in TEXTS if t]])
+@pytest.mark.parametrize("settings", [{}, {"lowercases": True}])
+def test_many_texts_are_encoded_as_one_by_one(texts: list[str], settings: dict[str, bool]) -> None:
+    vocabulary = Vocabulary({"<pad>": 0, "<unk>": 1, "|": 2, "a": 3, "b": 4, "A": 5, "B": 6}, **settings)
+    labels, counts = vocabulary.encode_many(texts)
+    one_by_one = [vocabulary.encode(text) for text in texts]
+    assert labels.tolist() == [label for row in one_by_one for label in row.tolist()]
+    assert counts.tolist() == [len(row) for row in one_by_one]
+    assert required_frames_many(labels, counts).tolist() == [required_frames(row) for row in one_by_one]
+
+
+def test_many_random_texts_need_the_frames_of_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 6, 500)
+    labels = rng.integers(3, 5, counts.sum())
+    rows = np.split(labels, np.cumsum(counts)[:-1])
+    assert required_frames_many(labels, counts).tolist() == [required_frames(row) for row in rows]

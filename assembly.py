@@ -1,0 +1,148 @@
+"""What a run is made of before its first step: data, model, optimizer, plan. Nothing here writes into a run."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from cache import FactCache
+from config import TrainConfig
+from data import Batch, BatchPlan, Collator, CutSettings, ShardDataset, has_utterances
+from memory import Passes, evaluation_mode
+from metrics import score_batch
+from model import forward_with_loss, optimizer_groups
+from overlap import find_overlap
+from pretrained import load_model
+from processes import RankStatus, SharedGradients, check_same_on_all_ranks, main_first
+from selection import draw_subset, select_training_rows
+from text import TextNormalizer
+from transcripts import measure_texts
+
+SAMPLE_UTTERANCES = 8
+
+
+class Assembly:
+    """Everything that the loop works with, ready for the first step.
+
+    Raises:
+        UsageError: data, model or settings that cannot work at all; what can be judged is left to preflight.py.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.is_main = accelerator.is_main_process
+        self.status = RankStatus(accelerator)
+        self._open_data()
+        self._load_model()
+        self._select_utterances()
+        self.use_budget(None if config.max_batch_seconds == "auto" else config.max_batch_seconds)
+
+    def _open_data(self) -> None:
+        data_dir = Path(self.config.data_dir)
+        self.train_set = ShardDataset(data_dir / "train")
+        self.eval_set = self.train_set if self.config.eval_split == "train" else ShardDataset(data_dir / "dev")
+        has_test = self.config.do_predict and has_utterances(data_dir / "test")
+        self.test_set = ShardDataset(data_dir / "test") if has_test else None
+        self.sets = {"train": self.train_set}
+        if self.eval_set is not self.train_set:
+            self.sets["dev"] = self.eval_set
+        if self.test_set is not None:
+            self.sets["test"] = self.test_set
+
+    def _load_model(self) -> None:
+        config, device = self.config, self.accelerator.device
+        self.loaded = load_model(config, lambda: self.train_set.column("text"))
+        self.vocabulary, self.head_fits = self.loaded.vocabulary, self.loaded.head_fits
+        self.hf_config = self.loaded.model.hf.config
+        self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, config.characters_to_ignore, config.case)
+        self.collate = Collator(
+            self.normalizer,
+            self.vocabulary,
+            self.loaded.processor.feature_extractor.do_normalize,
+            self.hf_config,
+            config.seed,
+        )
+        self.model = self.loaded.model.to(device)
+        groups = optimizer_groups(self.model, config.weight_decay)
+        # The fused step leaves weights and moments alone when `found_inf` says so, without waiting for the device.
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        check_same_on_all_ranks(self.accelerator, self.model)
+        self.gradients = SharedGradients([p for p in self.model.parameters() if p.requires_grad])
+        if self.accelerator.scaler is not None:
+            # A rank whose cut is empty scales no loss, and unscaling needs the scale on its device.
+            self.accelerator.scaler.scale(torch.zeros((), device=device))
+        self.leave_out_next_step(torch.ones((), device=device))
+        optimizer.step()  # Makes the moments, so that their memory is counted before step 1.
+
+    def leave_out_next_step(self, is_left_out: torch.Tensor) -> None:
+        """Make the fused optimizer skip its next step where `is_left_out` is 1, as a loss scaler would."""
+        fused = self.optimizer.optimizer
+        fused.grad_scale, fused.found_inf = None, is_left_out
+
+    def _select_utterances(self) -> None:
+        config = self.config
+        cache = FactCache(Path(config.data_dir))
+        # The others find in the cache what the first process has found.
+        with main_first(self.accelerator):
+            self.texts = {
+                split: measure_texts(dataset, self.normalizer, self.vocabulary, cache)
+                for split, dataset in self.sets.items()
+            }
+            self.overlap = find_overlap(self.sets, cache)
+        self.selection = select_training_rows(self.train_set, config, self.texts["train"], self.overlap, self.hf_config)
+        self.num_labels = self.selection.num_labels
+        candidates = self.selection.rows if config.eval_split == "train" else np.arange(len(self.eval_set))
+        self.eval_rows = draw_subset(candidates, config.max_eval_samples, config.seed)
+        self.sample_rows = draw_subset(self.eval_rows, SAMPLE_UTTERANCES, config.seed)
+
+    @property
+    def utterances_per_update(self) -> int:
+        """By the settings and the number of processes; a resumed run keeps the number that it began with."""
+        config = self.config
+        micro_steps = config.gradient_accumulation_steps * self.accelerator.num_processes
+        return config.per_device_train_batch_size * micro_steps
+
+    def plan_updates(self, utterances_per_update: int) -> None:
+        """Lay the updates out: `plan` and `total_steps`."""
+        rows, config = self.selection.rows, self.config
+        self.plan = BatchPlan(rows, self.train_set.num_samples[rows], utterances_per_update, config.seed)
+        self.total_steps = config.max_steps
+        if self.total_steps == -1:
+            self.total_steps = max(1, round(config.num_train_epochs * self.plan.updates_per_epoch))
+
+    def use_budget(self, max_batch_seconds: float | None) -> None:
+        """Cut updates and evaluations by padded seconds of audio, or by count (None): `cut` and `eval_cut`."""
+        self.max_batch_seconds = max_batch_seconds
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.cut = CutSettings(rank, processes, self.config.per_device_train_batch_size, max_batch_seconds)
+        self.eval_cut = CutSettings(rank, processes, self.config.per_device_eval_batch_size, max_batch_seconds)
+
+    @property
+    def passes(self) -> Passes:
+        """Forward and backward passes for the probes of memory."""
+        return Passes(
+            train=self._train_pass,
+            evaluate=self._evaluation_pass,
+            clean=self.gradients.zero,
+            vocabulary_size=len(self.vocabulary),
+            blank_id=self.vocabulary.blank_id,
+            hf_config=self.hf_config,
+            device=self.accelerator.device,
+            bytes_per_value=4 if self.accelerator.mixed_precision == "no" else 2,
+        )
+
+    def _train_pass(self, batch: Batch) -> None:
+        self.model.train()
+        self.accelerator.backward(self.forward(batch)[2].sum())
+
+    def _evaluation_pass(self, batch: Batch) -> None:
+        with evaluation_mode(self.model):
+            logits_BTV, frame_lengths_B, _ = self.forward(batch)
+            score_batch(logits_BTV, frame_lengths_B, self.vocabulary, batch.texts, batch.raw_texts)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, in the launcher's precision."""
+        with self.accelerator.autocast():
+            return forward_with_loss(self.model, batch.to(self.accelerator.device), self.vocabulary.blank_id)

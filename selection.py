@@ -1,0 +1,248 @@
+"""Which utterances train, and why the others do not; dev and test are always scored whole.
+
+N: utterances of the training split.
+"""
+
+import csv
+import io
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from atomic import write_atomically
+from audio import SAMPLE_RATE_HZ
+from config import TrainConfig
+from data import ShardDataset
+from errors import UsageError
+from findings import Finding
+from model import num_frames
+from overlap import Overlap
+from transcripts import TextFacts
+
+# What helps when a rule has left nothing to train on.
+REMEDIES = {
+    "no_labels": "check the text column and --characters_to_ignore",
+    "too_short": "lower --min_duration_in_seconds",
+    "too_long": "raise --max_duration_in_seconds",
+    "more_labels_than_frames": "check that texts and clips belong together",
+    "audio_in_dev": "prepare a corpus whose splits do not share clips",
+    "audio_in_test": "prepare a corpus whose splits do not share clips",
+    "suspect_rate": "leave out --prune_suspects",
+}
+# A speaking rate this many robust standard deviations from the corpus' median is suspect: in a normal distribution one
+# utterance in 15,000, and the tails of real corpora are mostly wrong transcripts and cut-off clips.
+SUSPECT_DEVIATIONS = 4.0
+# Standard deviation of a normal distribution over its median absolute deviation.
+MAD_TO_DEVIATION = 1.4826
+# People differ by a tenth at least; a corpus that repeats a few sentences would else suspect every other one.
+MIN_LOG_DEVIATION = 0.1
+# Fewer utterances have no range of their own.
+MIN_UTTERANCES_FOR_RANGE = 20
+# Some real clips are that fast or slow; more than these are a fault of the corpus.
+MAX_SUSPECT_FRACTION = 0.005
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The utterances that take part in training.
+
+    Attributes:
+        rows: dataset rows, ascending, [N kept].
+        num_labels: labels of each, [N kept].
+        reasons: for every row of the split 0, or 1 + the index in `details` of the reason that left it out, [N].
+        details: each reason's name, with a function from row to the numbers behind it.
+        suspects: rows whose speaking rate lies outside the corpus' own range, whether they train or not, bool [N].
+        findings: what is to be said about the choice.
+    """
+
+    rows: np.ndarray
+    num_labels: np.ndarray
+    reasons: np.ndarray
+    details: Mapping[str, Callable[[int], str]]
+    suspects: np.ndarray
+    findings: tuple[Finding, ...]
+
+    @property
+    def dropped(self) -> Iterator[tuple[int, str, str]]:
+        """(row, reason, detail) of every row left out, by row; made one by one, since a subset leaves out most."""
+        names = list(self.details)
+        for row in np.flatnonzero(self.reasons):
+            name = names[self.reasons[row] - 1]
+            yield int(row), name, self.details[name](row)
+
+    @property
+    def drops_by_reason(self) -> Counter[str]:
+        """Number of rows left out, by reason."""
+        counts = np.bincount(self.reasons, minlength=len(self.details) + 1)[1:]
+        return Counter({name: int(count) for name, count in zip(self.details, counts, strict=True) if count})
+
+
+def select_training_rows(
+    dataset: ShardDataset, config: TrainConfig, texts: TextFacts, overlap: Overlap, hf_config: object
+) -> Selection:
+    """Apply the duration limits, the CTC limit (frames >= labels + adjacent repeats), the split rules and the subset.
+
+    Args:
+        dataset: the training split.
+        config: limits and subset.
+        texts: of the training split.
+        overlap: rows whose very audio is in dev or test.
+        hf_config: of the encoder, for its frames and time masks.
+
+    Raises:
+        UsageError: when nothing is left.
+    """
+    seconds = dataset.num_samples / SAMPLE_RATE_HZ
+    frames = num_frames(dataset.num_samples.astype(np.int64), hf_config.conv_kernel, hf_config.conv_stride)
+    shortest, longest = config.min_duration_in_seconds, config.max_duration_in_seconds
+    num_labels, needed = texts.num_labels, texts.required_frames
+    usable = (num_labels > 0) & (frames >= np.maximum(needed, 1))
+    rates, (slowest, fastest) = _speaking_rates(dataset, num_labels, usable)
+    suspects = usable & ((rates < slowest) | (rates > fastest))
+    broken = {
+        "no_labels": (num_labels == 0, lambda row: "the text is empty after normalisation"),
+        "too_short": (seconds < shortest, lambda row: f"{seconds[row]:.3f} s of at least {shortest} s"),
+        "too_long": (seconds > longest, lambda row: f"{seconds[row]:.3f} s of at most {longest} s"),
+        "more_labels_than_frames": (
+            ~usable,
+            lambda row: f"{frames[row]} frames, {needed[row]} needed for {num_labels[row]} labels",
+        ),
+        **{
+            f"audio_in_{split}": (rows, lambda row, split=split: f"the same audio is {overlap.twin_of(split, row)}")
+            for split, rows in overlap.audio_also_in.items()
+        },
+        "suspect_rate": (
+            suspects & config.prune_suspects,
+            lambda row: f"{rates[row]:.1f} labels/s, the corpus has {slowest:.1f} to {fastest:.1f}",
+        ),
+    }
+    details = {name: detail for name, (_, detail) in broken.items()}
+    details["not_in_subset"] = lambda row: "train_fraction or max_train_samples"
+    reasons = np.zeros(len(dataset), np.int8)
+    for code, (rows, _) in enumerate(broken.values(), 1):
+        reasons[rows & (reasons == 0)] = code
+    kept = np.flatnonzero(reasons == 0)
+    subset = _draw_subset(kept, config)
+    reasons[np.setdiff1d(kept, subset, assume_unique=True)] = len(details)
+    findings = (
+        _alignment_finding(dataset, reasons, list(details), frames[subset], hf_config),
+        _suspect_finding(dataset, suspects & (reasons != len(details)), rates, slowest, fastest, config.prune_suspects),
+    )
+    selection = Selection(subset, num_labels[subset], reasons, details, suspects, findings)
+    if not len(subset):
+        drops = selection.drops_by_reason.most_common()
+        raise UsageError(
+            f"no training utterance of {len(dataset)} is left "
+            f"({', '.join(f'{reason} {count}' for reason, count in drops)}): {REMEDIES[drops[0][0]]}"
+        )
+    return selection
+
+
+def draw_subset(rows: np.ndarray, max_samples: int | None, seed: int) -> np.ndarray:
+    """All of `rows`, or a fixed subset of `max_samples` drawn by the seed, ascending."""
+    if max_samples is None or max_samples >= len(rows):
+        return rows
+    return np.sort(rows[np.random.default_rng(seed).permutation(len(rows))[:max_samples]])
+
+
+def write_drop_list(path: Path, dataset: ShardDataset, selection: Selection) -> None:
+    """`split,id,reason,detail` of every training utterance that the run leaves out, line by line."""
+    ids = itertools.compress(dataset.column("id"), selection.reasons)
+    drops = ((reason, detail) for _, reason, detail in selection.dropped)
+    _write_list(path, dataset, zip(ids, drops, strict=True))
+
+
+def write_suspects(path: Path, dataset: ShardDataset, selection: Selection) -> None:
+    """The same columns for every utterance with a suspect speaking rate, whether it trains or not."""
+    detail = selection.details["suspect_rate"]
+    ids = itertools.compress(dataset.column("id"), selection.suspects)
+    rows = np.flatnonzero(selection.suspects)
+    _write_list(path, dataset, ((i, ("suspect_rate", detail(row))) for i, row in zip(ids, rows, strict=True)))
+
+
+def _write_list(path: Path, dataset: ShardDataset, entries: Iterator[tuple[str, tuple[str, str]]]) -> None:
+    def write(file: BinaryIO) -> None:
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow(("split", "id", "reason", "detail"))
+        for utterance_id, (reason, detail) in entries:
+            table.writerow((dataset.folder.name, utterance_id, reason, detail))
+        lines.detach()  # The file stays open for its owner.
+
+    write_atomically(path, write)
+
+
+def _speaking_rates(
+    dataset: ShardDataset, num_labels: np.ndarray, usable: np.ndarray
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Labels per second without the silence at both ends, [N], and the corpus' own robust range of them.
+
+    The range is the median of the logarithms, more or less SUSPECT_DEVIATIONS robust standard deviations: rates are
+    about log-normal, and wrong transcripts must not widen the range that they are judged by.
+    """
+    silence = dataset.numpy_column("leading_silence_seconds") + dataset.numpy_column("trailing_silence_seconds")
+    spoken = np.maximum(dataset.num_samples / SAMPLE_RATE_HZ - silence, 1 / SAMPLE_RATE_HZ)
+    rates = num_labels / spoken
+    if np.count_nonzero(usable) < MIN_UTTERANCES_FOR_RANGE:
+        return rates, (0.0, np.inf)
+    logarithms = np.log(rates[usable])
+    median = np.median(logarithms)
+    deviation = max(MAD_TO_DEVIATION * np.median(np.abs(logarithms - median)), MIN_LOG_DEVIATION)
+    reach = SUSPECT_DEVIATIONS * deviation
+    return rates, (float(np.exp(median - reach)), float(np.exp(median + reach)))
+
+
+def _alignment_finding(
+    dataset: ShardDataset, reasons: np.ndarray, names: list[str], frames: np.ndarray, hf_config: object
+) -> Finding:
+    rows = np.flatnonzero(reasons == names.index("more_labels_than_frames") + 1)
+    masks_time = getattr(hf_config, "apply_spec_augment", True) and hf_config.mask_time_prob > 0
+    unmasked = int(np.count_nonzero(frames < hf_config.mask_time_length)) if masks_time else 0
+    parts = [f"{len(rows)} clips have fewer frames than CTC needs for their labels and are left out"]
+    if len(rows):
+        parts[0] += f" ({_examples(dataset, rows)})"
+    if unmasked:
+        parts.append(f"{unmasked} are shorter than a time mask of {hf_config.mask_time_length} frames: unmasked")
+    facts = {"left_out": len(rows), "unmasked": unmasked}
+    # One in a hundred is what careless cutting leaves; more says that texts and clips do not belong together.
+    if len(rows) > 0.01 * len(dataset):
+        remedy = "check that texts and clips belong together; drop_list.csv has the frames and labels of each"
+        return Finding("alignment", "; ".join(parts), "warning", remedy, facts)
+    return Finding("alignment", "; ".join(parts), facts=facts)
+
+
+def _suspect_finding(
+    dataset: ShardDataset, suspects: np.ndarray, rates: np.ndarray, slowest: float, fastest: float, pruned: bool
+) -> Finding:
+    rows = np.flatnonzero(suspects)
+    if not np.isfinite(fastest):
+        return Finding("speaking rate", f"not judged, fewer than {MIN_UTTERANCES_FOR_RANGE} clips")
+    result = f"{slowest:.1f} to {fastest:.1f} labels/s is usual here, {len(rows)} clips lie outside"
+    facts = {"slowest": slowest, "fastest": fastest, "suspects": len(rows), "pruned": pruned}
+    if not len(rows):
+        return Finding("speaking rate", result, facts=facts)
+    worst = rows[np.argsort(-np.abs(np.log(np.maximum(rates[rows], 1e-9) / np.sqrt(slowest * fastest))))]
+    result += f" ({_examples(dataset, worst)})"
+    if pruned:
+        return Finding("speaking rate", result + " and are left out", facts=facts)
+    remedy = "listen to those in suspects.csv, or leave them out with --prune_suspects"
+    verdict = "warning" if len(rows) > MAX_SUSPECT_FRACTION * len(dataset) else "ok"
+    return Finding("speaking rate", result, verdict, remedy, facts)
+
+
+def _examples(dataset: ShardDataset, rows: np.ndarray) -> str:
+    return ", ".join(dataset[int(row)].id for row in rows[:EXAMPLES]) + (", ..." if len(rows) > EXAMPLES else "")
+
+
+def _draw_subset(rows: np.ndarray, config: TrainConfig) -> np.ndarray:
+    wanted = max(1, round(len(rows) * config.train_fraction)) if len(rows) else 0
+    if config.max_train_samples is not None:
+        wanted = min(wanted, config.max_train_samples)
+    chosen = np.random.default_rng([config.seed, 1]).permutation(len(rows))[:wanted]
+    return np.sort(rows[chosen])

@@ -1,0 +1,177 @@
+"""Who trains, and why the others do not."""
+
+import csv
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import write_part
+
+from cache import FactCache
+from config import TrainConfig
+from data import ShardDataset
+from errors import UsageError
+from overlap import find_overlap
+from selection import Selection, draw_subset, select_training_rows, write_drop_list
+from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary
+from transcripts import measure_texts
+
+# Frames of 20 ms, without overlap: 320 samples each.
+ENCODER = SimpleNamespace(conv_kernel=[20, 16], conv_stride=[20, 16], mask_time_prob=0.05, mask_time_length=10)
+FRAME = 320
+LARGE_960H = Vocabulary(LARGE_960H_VOCABULARY)
+UPPER = TextNormalizer(',?.!-;:"', "upper")
+
+
+def make_dataset(folder: Path, clips: list[tuple[int, str]], rows_per_batch: int = 3) -> ShardDataset:
+    """A training split of silent clips with these lengths in samples and texts; ids are u0, u1, ..."""
+    rows = [(f"u{index}", np.zeros(length, np.int16), text, "ann") for index, (length, text) in enumerate(clips)]
+    write_part(folder / "data" / "train" / "part_1", rows, rows_per_batch)
+    return ShardDataset(folder / "data" / "train")
+
+
+def select(dataset: ShardDataset, **settings: object) -> Selection:
+    cache = FactCache(dataset.folder.parent)
+    texts = measure_texts(dataset, UPPER, LARGE_960H, cache)
+    overlap = find_overlap(sets_beside(dataset))
+    return select_training_rows(dataset, TrainConfig(**settings), texts, overlap, ENCODER)
+
+
+def sets_beside(dataset: ShardDataset) -> dict[str, ShardDataset]:
+    """The training split, and the others that lie beside it."""
+    folders = {split: dataset.folder.parent / split for split in ("dev", "test")}
+    return {"train": dataset} | {split: ShardDataset(folder) for split, folder in folders.items() if folder.exists()}
+
+
+MIXED = [
+    (16_000, "good"),
+    (16_000, "?!"),  # no label
+    (1_599, "a"),  # below 0.1 s
+    (1_600, "a"),  # 0.1 s exactly
+    (320_000, "twenty seconds"),  # 20 s exactly
+    (320_001, "more"),
+    (5 * FRAME, "aabb"),  # 4 labels and 2 repeats need 6 frames
+    (6 * FRAME, "aabb"),
+    (6 * FRAME, "abcdefg"),
+    (100, "   "),  # no label and too short: the first reason counts
+    (16_000, "A B"),
+]
+MIXED_DROPS = [
+    (1, "no_labels", "the text is empty after normalisation"),
+    (9, "no_labels", "the text is empty after normalisation"),
+    (2, "too_short", "0.100 s of at least 0.1 s"),
+    (5, "too_long", "20.000 s of at most 20.0 s"),
+    (6, "more_labels_than_frames", "5 frames, 6 needed for 4 labels"),
+    (8, "more_labels_than_frames", "6 frames, 7 needed for 7 labels"),
+]
+
+
+def test_promise_4_each_reason_with_its_figures(tmp_path: Path) -> None:
+    selection = select(make_dataset(tmp_path, MIXED))
+    assert selection.rows.tolist() == [0, 3, 4, 7, 10]
+    assert selection.num_labels.tolist() == [4, 1, 14, 4, 3]
+    assert list(selection.dropped) == sorted(MIXED_DROPS)
+    assert selection.drops_by_reason == {
+        "no_labels": 2, "too_short": 1, "too_long": 1, "more_labels_than_frames": 2,
+    }  # fmt: skip
+    assert np.flatnonzero(selection.reasons == 0).tolist() == [0, 3, 4, 7, 10]
+
+
+@pytest.mark.parametrize("max_train_samples", [None, 1, 3, 100])
+@pytest.mark.parametrize("train_fraction", [1.0, 0.5, 0.01])
+def test_promise_4_nothing_dropped_in_silence(
+    tmp_path: Path, train_fraction: float, max_train_samples: int | None
+) -> None:
+    dataset = make_dataset(tmp_path, MIXED * 3)
+    selection = select(dataset, train_fraction=train_fraction, max_train_samples=max_train_samples)
+    dropped = [row for row, _, _ in selection.dropped]
+    assert sorted([*selection.rows, *dropped]) == list(range(len(dataset)))
+    assert all(reason and detail for _, reason, detail in selection.dropped)
+    assert selection.drops_by_reason.total() == len(dropped)
+    write_drop_list(tmp_path / "drop_list.csv", dataset, selection)
+    with (tmp_path / "drop_list.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [row["id"] for row in listed] == [f"u{row}" for row in sorted(dropped)]
+
+
+def test_promise_4_drop_list_says_split_id_reason_detail(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, MIXED)
+    write_drop_list(tmp_path / "drop_list.csv", dataset, select(dataset, max_train_samples=4))
+    lines = (tmp_path / "drop_list.csv").read_text().splitlines()
+    assert lines[:4] == [
+        "split,id,reason,detail",
+        "train,u1,no_labels,the text is empty after normalisation",
+        "train,u2,too_short,0.100 s of at least 0.1 s",
+        "train,u5,too_long,20.000 s of at most 20.0 s",
+    ]
+    assert '"5 frames, 6 needed for 4 labels"' in lines[4]
+    assert [line for line in lines if "not_in_subset,train_fraction or max_train_samples" in line] != []
+    assert len(lines) == 1 + 11 - 4
+
+
+def test_drop_list_survives_ids_with_commas_quotes_and_line_ends(tmp_path: Path) -> None:
+    odd = 'a,"b"\nc;ü'
+    write_part(tmp_path / "data" / "train" / "part_1", [(odd, np.zeros(10, np.int16), "x", ""), MIXED_ROW])
+    dataset = ShardDataset(tmp_path / "data" / "train")
+    write_drop_list(tmp_path / "drop_list.csv", dataset, select(dataset))
+    with (tmp_path / "drop_list.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [odd]
+
+
+MIXED_ROW = ("fine", np.zeros(16_000, np.int16), "fine", "")
+
+
+def test_a_run_that_drops_nothing_has_an_empty_list(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [(16_000, "one"), (16_000, "two")])
+    write_drop_list(tmp_path / "drop_list.csv", dataset, select(dataset))
+    assert (tmp_path / "drop_list.csv").read_text() == "split,id,reason,detail\n"
+
+
+@pytest.mark.parametrize(
+    ("clips", "settings", "message"),
+    [
+        ([(16_000, "one")], {"min_duration_in_seconds": 2.0}, "too_short 1): lower --min_duration_in_seconds"),
+        ([(64_000, "one")], {"max_duration_in_seconds": 2.0}, "too_long 1): raise --max_duration_in_seconds"),
+        ([(16_000, "!?")] * 3, {}, "of 3 is left (no_labels 3): check the text column and --characters_to_ignore"),
+        (
+            [(10 * FRAME, "abc def ghi jkl")] * 2 + [(16_000, "!")],
+            {},
+            "(more_labels_than_frames 2, no_labels 1): check that texts and clips belong together",
+        ),
+    ],
+)
+def test_nothing_left_names_what_took_it(
+    tmp_path: Path, clips: list[tuple[int, str]], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError) as refused:
+        select(make_dataset(tmp_path, clips), **settings)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_subsets_are_fixed_by_the_seed_and_lie_in_each_other(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, [(16_000, "one")] * 60, rows_per_batch=60)
+    subsets = [select(dataset, train_fraction=share).rows.tolist() for share in (0.1, 0.25, 0.5, 1.0)]
+    assert [len(rows) for rows in subsets] == [6, 15, 30, 60]
+    assert all(set(small) < set(large) for small, large in itertools.pairwise(subsets))
+    assert all(rows == sorted(rows) for rows in subsets)
+    assert select(dataset, max_train_samples=15).rows.tolist() == subsets[1]
+    assert select(dataset, train_fraction=0.5, max_train_samples=6).rows.tolist() == subsets[0]
+    assert select(dataset, train_fraction=0.25).rows.tolist() == subsets[1]
+    assert select(dataset, train_fraction=0.25, seed=1).rows.tolist() != subsets[1]
+    assert len(select(dataset, train_fraction=1e-6).rows) == 1
+
+
+def test_evaluation_subset_is_fixed_by_the_seed_alone() -> None:
+    rows = np.arange(100, 200)
+    assert draw_subset(rows, None, 1).tolist() == rows.tolist()
+    assert draw_subset(rows, 100, 1).tolist() == rows.tolist()
+    assert draw_subset(rows, 1_000, 1).tolist() == rows.tolist()
+    first, second = draw_subset(rows, 10, 1).tolist(), draw_subset(rows, 20, 1).tolist()
+    assert set(first) < set(second) < set(rows.tolist())
+    assert (first, len(first)) == (sorted(first), 10)
+    np.random.seed(5)
+    assert draw_subset(rows, 10, 1).tolist() == first
+    assert draw_subset(rows, 10, 2).tolist() != first

@@ -1,0 +1,103 @@
+"""What one pass over the transcripts of a split finds: labels, frames that CTC needs, characters without a label.
+
+N: utterances of the split.
+"""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache import FactCache
+from data import ShardDataset
+from text import Coverage, TextNormalizer, Vocabulary, measure_coverage, required_frames_many
+
+TEXTS_PER_BLOCK = 10_000
+# Stands for a space where the vocabulary has no word delimiter, so that it counts as unknown and can be seen.
+VISIBLE_SPACE = "\u2423"
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """Of one split, under one normalisation and vocabulary.
+
+    Attributes:
+        num_labels: labels of each utterance, int32 [N].
+        required_frames: frames that CTC needs at least, int32 [N].
+        coverage: characters that the vocabulary has no label for.
+    """
+
+    num_labels: np.ndarray
+    required_frames: np.ndarray
+    coverage: Coverage
+
+
+def measure_texts(
+    dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, cache: FactCache
+) -> TextFacts:
+    """Normalise and encode every transcript once (70,000 a second), or take the facts from `cache`."""
+    key = (dataset.fingerprint, *_settings(normalizer), *_settings(vocabulary))
+    arrays = cache.get("texts", key, lambda: _measure(dataset, normalizer, vocabulary))
+    unknown = dict(zip(arrays["unknown"].tolist(), arrays["counts"].tolist(), strict=True))
+    examples = dict(zip(arrays["unknown"].tolist(), arrays["examples"].tolist(), strict=True))
+    coverage = Coverage(int(arrays["characters"]), Counter(unknown), examples)
+    return TextFacts(arrays["num_labels"], arrays["required_frames"], coverage)
+
+
+def coverage_of(texts: Iterable[str], normalizer: TextNormalizer, vocabulary: Vocabulary) -> Coverage:
+    """Coverage of raw transcripts; a space counts too where the vocabulary cannot write one."""
+    return measure_coverage(_visible(map(normalizer, texts), vocabulary), vocabulary)
+
+
+def _measure(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    num_labels = np.zeros(len(dataset), np.int32)
+    needed = np.zeros(len(dataset), np.int32)
+    coverage = Coverage()
+    for start, block in _blocks(dataset):
+        texts = normalizer.normalize_many(block)
+        labels, counts = vocabulary.encode_many(texts)
+        rows = slice(start, start + len(texts))
+        num_labels[rows], needed[rows] = counts, required_frames_many(labels, counts)
+        coverage.add(_coverage_of_block(texts, labels, counts, vocabulary))
+    unknown = list(coverage.unknown)
+    return {
+        "num_labels": num_labels,
+        "required_frames": needed,
+        "characters": np.asarray(coverage.characters),
+        "unknown": np.asarray(unknown, np.str_),
+        "counts": np.asarray([coverage.unknown[character] for character in unknown], np.int64),
+        "examples": np.asarray([coverage.examples[character] for character in unknown], np.str_),
+    }
+
+
+def _coverage_of_block(
+    texts: list[str], labels: np.ndarray, num_labels: np.ndarray, vocabulary: Vocabulary
+) -> Coverage:
+    """As `measure_coverage`, which looks at those texts only that hold an unknown label."""
+    spaces = 0 if vocabulary.delimiter_id is None else int(np.count_nonzero(labels == vocabulary.delimiter_id))
+    owners = np.repeat(np.arange(len(texts)), num_labels)
+    odd = np.unique(owners[labels == vocabulary.unknown_id])
+    found = measure_coverage(_visible((texts[row] for row in odd), vocabulary), vocabulary)
+    return dataclasses.replace(found, characters=len(labels) - spaces)
+
+
+def _visible(texts: Iterable[str], vocabulary: Vocabulary) -> Iterable[str]:
+    if vocabulary.delimiter_id is not None:
+        return texts
+    return (text.replace(" ", VISIBLE_SPACE) for text in texts)
+
+
+def _settings(rules: TextNormalizer | Vocabulary) -> list[object]:
+    """Every field that decides what a text becomes, as JSON values."""
+    values = [getattr(rules, field.name) for field in dataclasses.fields(rules)]
+    return [sorted(value) if isinstance(value, frozenset) else value for value in values]
+
+
+def _blocks(dataset: ShardDataset) -> Iterator[tuple[int, list[str]]]:
+    texts, start = dataset.column("text"), 0
+    while block := list(itertools.islice(texts, TEXTS_PER_BLOCK)):
+        yield start, block
+        start += len(block)
