@@ -17,10 +17,10 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from audio import ClipError, ClipRequest
+from audio import ClipError, ClipRequest, Measures
 from errors import UsageError
 
 SPLITS = ("train", "dev", "test")
@@ -50,7 +50,8 @@ SPLIT_NAMES = {
 }
 # Columns of the prepared data that a metadata column must not collide with.
 OWN_COLUMNS = (
-    *("id", "audio", "num_samples", "text", "speaker", "peak", "silence_fraction", "bandwidth_hz"),
+    *("id", "audio", "num_samples", "text", "speaker"),
+    *(field.name for field in fields(Measures)),
     *("source_rate_hz", "audio_sha256"),
 )
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
