@@ -111,19 +111,31 @@ class ShardDataset(Dataset):
         return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
     def column(self, name: str) -> Iterator[str]:
-        """The values of one column in row order, read part by part.
+        """The values of one column in row order, read batch by batch.
 
         Raises:
             UsageError: when the corpus has no such column.
         """
+        for values in self._batches_of(name):
+            yield from values.to_pylist()
+
+    def numpy_column(self, name: str) -> np.ndarray:
+        """The values of a numeric column in row order, [N].
+
+        Raises:
+            UsageError: when the corpus has no such column.
+        """
+        return np.concatenate([values.to_numpy() for values in self._batches_of(name)])
+
+    def _batches_of(self, name: str) -> Iterator[pa.Array]:
         if name not in self.column_names:
             raise UsageError(f"{self.folder} has no column {name!r}; it has {', '.join(self.column_names)}")
         for part in self._parts:
             reader = _open_part(part, columns=(name,))
             for position in range(reader.num_record_batches):
                 with _naming_damage(part):
-                    values = reader.get_batch(position).column(name).to_pylist()
-                yield from values
+                    values = reader.get_batch(position).column(name)
+                yield values
 
     def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
         batch = int(np.searchsorted(self._batch_starts, row, side="right")) - 1

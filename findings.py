@@ -33,3 +33,8 @@ def worst_verdict(findings: Iterable[Finding]) -> Verdict:
     """`refused` if any is, else `warning` if any is, else `ok`."""
     verdicts = {finding.verdict for finding in findings}
     return next((verdict for verdict in ("refused", "warning") if verdict in verdicts), "ok")
+
+
+def percent(share: float) -> str:
+    """A share with two digits that count: 0.013 %, 4.2 %, 31 %."""
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"

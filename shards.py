@@ -13,6 +13,7 @@ import hashlib
 import io
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,14 @@ import numpy as np
 import pyarrow as pa
 
 from atomic import sync_folder
-from audio import SAMPLE_RATE_HZ
+from audio import SAMPLE_RATE_HZ, Measures
 
 if TYPE_CHECKING:
     from audio import Clip
     from corpora import SourceRow
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MEASURE_COLUMNS = tuple(field.name for field in fields(Measures))
 # A record batch is what the writer holds in memory: 16 MB of audio.
 MAX_BATCH_ROWS = 128
 MAX_BATCH_SAMPLES = 8_000_000
@@ -100,9 +102,7 @@ class PartWriter:
             pa.array(lengths, pa.int32()),
             pa.array([row.text for row in rows], pa.string()),
             pa.array([row.speaker for row in rows], pa.string()),
-            pa.array([clip.peak for clip in clips], pa.float32()),
-            pa.array([clip.silence_fraction for clip in clips], pa.float32()),
-            pa.array([clip.bandwidth_hz for clip in clips], pa.float32()),
+            *(pa.array([getattr(clip.measures, name) for clip in clips], pa.float32()) for name in MEASURE_COLUMNS),
             pa.array([clip.source_rate_hz for clip in clips], pa.int32()),
             pa.array([clip.audio_sha256 for clip in clips], pa.string()),
             *(pa.array([row.metadata.get(name, "") for row in rows], pa.string()) for name in self._metadata_columns),
@@ -146,9 +146,7 @@ def _schema(metadata_columns: list[str]) -> pa.Schema:
             ("num_samples", pa.int32()),
             ("text", pa.string()),
             ("speaker", pa.string()),
-            ("peak", pa.float32()),
-            ("silence_fraction", pa.float32()),
-            ("bandwidth_hz", pa.float32()),
+            *((name, pa.float32()) for name in MEASURE_COLUMNS),
             ("source_rate_hz", pa.int32()),
             ("audio_sha256", pa.string()),
             *((name, pa.string()) for name in metadata_columns),

@@ -10,10 +10,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import yaml
 from accelerate.utils import DistributedType, DynamoBackend
+
+from audio import SAMPLE_RATE_HZ, Clip, measure
+from corpora import SourceRow
+from shards import SCHEMA_VERSION, PartWriter
 
 REPOSITORY = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,33 +82,14 @@ def alone(
 def write_part(folder: Path, rows: Sequence[tuple[str, np.ndarray, str, str]], rows_per_batch: int = 3) -> None:
     """A shard part as prepare.py writes it, from (id, int16 audio, text, speaker) rows."""
     folder.mkdir(parents=True)
-    schema = pa.schema(
-        [
-            ("id", pa.string()),
-            ("audio", pa.large_list(pa.int16())),
-            ("num_samples", pa.int32()),
-            ("text", pa.string()),
-            ("speaker", pa.string()),
-        ]
-    )
-    with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for start in range(0, len(rows), rows_per_batch):
-            ids, audio, texts, speakers = zip(*rows[start : start + rows_per_batch], strict=True)
-            lengths = [len(samples) for samples in audio]
-            writer.write_batch(
-                pa.record_batch(
-                    [ids, pa.array(audio, pa.large_list(pa.int16())), pa.array(lengths, pa.int32()), texts, speakers],
-                    schema=schema,
-                )
-            )
-    data = (folder / "data.arrow").read_bytes()
-    facts = {
-        "schema_version": 1,
-        "rows": len(rows),
-        "seconds": sum(len(row[1]) for row in rows) / 16_000,
-        "data_bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    with (folder / "data.arrow").open("wb") as file:
+        writer = PartWriter(file, [])
+        for number, (utterance_id, samples, text, speaker) in enumerate(rows, 1):
+            clip = Clip(samples, measure(samples), SAMPLE_RATE_HZ, hashlib.sha256(samples.tobytes()).hexdigest())
+            writer.add(SourceRow(utterance_id, None, "", text, speaker, {}), clip)
+            if number % rows_per_batch == 0:
+                writer._write_batch()
+        facts = writer.finish() | {"schema_version": SCHEMA_VERSION}
     (folder / "part.json").write_text(json.dumps(facts))
     # prepare.py's mark of a finished preparation, with the parts of each split.
     data_dir = folder.parents[1]

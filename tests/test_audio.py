@@ -7,7 +7,7 @@ import torch
 import torchaudio
 
 import audio
-from audio import ClipError, ClipPool, ClipRequest, measure, read_clip, resample
+from audio import ClipError, ClipPool, ClipRequest, Measures, measure, read_clip, resample
 
 
 def tone(seconds: float, rate: int, frequency: float = 440.0, amplitude: float = 0.5) -> np.ndarray:
@@ -114,20 +114,99 @@ def int16(signal: np.ndarray) -> np.ndarray:
 
 def test_measures_of_known_signals():
     half_silent = int16(np.concatenate((tone(1.0, 16_000, 1_000.0), np.zeros(16_000, np.float32))))
-    peak, silence, bandwidth = measure(half_silent)
-    assert peak == pytest.approx(0.5, abs=1e-3)
-    assert silence == pytest.approx(0.5)
-    assert bandwidth == pytest.approx(1_000, abs=63)
-    assert measure(np.zeros(1_000, np.int16)) == (0.0, 1.0, 0.0)
-    assert measure(np.full(1_000, 3_277, np.int16))[1:] == (0.0, 0.0)  # a constant has no bandwidth
-    assert measure(np.array([100], np.int16))[0] == pytest.approx(100 / 32_768)
+    found = measure(half_silent)
+    assert found.peak == pytest.approx(0.5, abs=1e-3)
+    assert found.rms == pytest.approx(0.25, abs=1e-3), "0.5 / sqrt(2) over half of the time"
+    assert found.dc_offset == pytest.approx(0.0, abs=1e-6)
+    assert found.silence_fraction == pytest.approx(0.5)
+    assert (found.leading_silence_seconds, found.trailing_silence_seconds) == (0.0, 1.0)
+    assert found.bandwidth_hz == pytest.approx(1_000, abs=63)
+    assert found.clipping_fraction == 0.0
+    assert measure(np.array([100], np.int16)).peak == pytest.approx(100 / 32_768)
+
+
+@pytest.mark.parametrize("value", [0, 3_277, -32_768])
+@pytest.mark.parametrize("num_samples", [1, 319, 1_000, 40_000])
+def test_a_constant_clip_is_the_one_without_rms(value, num_samples):
+    constant = measure(np.full(num_samples, value, np.int16))
+    seconds = max(num_samples // 320, 1) * 0.02
+    assert constant == Measures(
+        peak=abs(value) / 32_768,
+        rms=0.0,
+        dc_offset=value / 32_768,
+        clipping_fraction=0.0,
+        silence_fraction=1.0,
+        leading_silence_seconds=pytest.approx(seconds),
+        trailing_silence_seconds=0.0,
+        bandwidth_hz=0.0,
+        highest_frequency_hz=0.0,
+    )
+    nearly = np.full(num_samples + 1, value, np.int16)
+    nearly[-1] += 1
+    assert np.float32(measure(nearly).rms) > 0
+
+
+def test_a_dc_offset_hides_neither_loudness_nor_silence():
+    clip = np.concatenate((np.zeros(8_000), tone(1.0, 16_000, amplitude=0.2), np.zeros(4_000)))
+    plain, shifted = measure(int16(clip)), measure(int16(clip + 0.1))
+    assert shifted.dc_offset == pytest.approx(plain.dc_offset + 0.1, abs=1e-4)
+    assert shifted.rms == pytest.approx(plain.rms, rel=1e-3)
+    # 50 dB below the tone is 20 steps of 16 bits; the mean is that of the clip, and its silence is not quite zero.
+    assert (shifted.leading_silence_seconds, shifted.trailing_silence_seconds) == (0.5, 0.24)
+    assert (plain.leading_silence_seconds, plain.trailing_silence_seconds) == (0.5, 0.24)
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000])
+@pytest.mark.parametrize("frequency", [300.0, 3_000.0])
+def test_the_highest_frequency_shows_what_a_clip_was_recorded_at(rate, frequency):
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(rate).astype(np.float32) * 0.01 + tone(1.0, rate, frequency)
+    at_48_khz = resample_to(noise, rate, 48_000)
+    found = measure(int16(resample(at_48_khz, 48_000)))
+    assert found.bandwidth_hz < 4_000
+    assert found.highest_frequency_hz == pytest.approx(rate / 2, rel=0.08)
+
+
+def resample_to(signal: np.ndarray, rate: int, target: int) -> np.ndarray:
+    return torchaudio.functional.resample(torch.from_numpy(signal), rate, target, lowpass_filter_width=64).numpy()
+
+
+LOUD = tone(1.0, 16_000, 100.0, 2.0)
+CUT_SHARE = 2 * np.arccos(0.5) / np.pi  # of a sine of twice the full scale
+CLIPPED = {
+    "cut at full scale": (np.clip(LOUD, -1, 1), CUT_SHARE),
+    "cut on one side": (np.clip(LOUD, -0.5, 1) * 0.5, CUT_SHARE / 2 + np.arccos(0.25) / np.pi),
+    "cut, then made quieter": (np.clip(LOUD, -1, 1) * 0.3, CUT_SHARE),
+    "decoded beyond full scale": (LOUD, CUT_SHARE),
+    "too quiet to have been cut": (np.clip(LOUD, -1, 1) * 0.05, 0.0),
+    "loud and whole": (tone(1.0, 16_000, 1_000.0, 0.999), 0.0),
+    "a constant": (np.full(16_000, 0.5, np.float32), 0.0),
+    "runs of two": (np.tile(np.array([1.0, 1.0, 0.0], np.float32), 1_000), 0.0),
+    "a run of three at each end": (np.array([1, 1, 1, 0, 0.5, 0, 1, 1, 1], np.float32), 6 / 9),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipping(name):
+    signal, share = CLIPPED[name]
+    decoded = signal.astype(np.float32)
+    assert measure(int16(np.clip(signal, -1, 1)), decoded).clipping_fraction == pytest.approx(share, abs=0.01)
+    assert measure(int16(np.clip(signal, -1, 1))).clipping_fraction == pytest.approx(share, abs=0.01)
+
+
+def test_clipping_is_seen_before_resampling_rounds_it_off(tmp_path):
+    signal = np.clip(tone(1.0, 44_100, 300.0, 2.0), -1, 1) * 0.7
+    soundfile.write(tmp_path / "a.wav", signal, 44_100)
+    clip = read_clip(ClipRequest(str(tmp_path / "a.wav")))
+    assert clip.measures.clipping_fraction == pytest.approx(CUT_SHARE, abs=0.01)
+    assert measure(clip.samples).clipping_fraction < 0.05
 
 
 @pytest.mark.parametrize(("level_db", "is_silence"), [(-49, False), (-51, True)])
 def test_silence_is_relative_to_the_loudest_frame(level_db, is_silence):
     quiet = tone(1.0, 16_000, amplitude=0.9 * 10 ** (level_db / 20))
     clip = int16(np.concatenate((tone(1.0, 16_000, amplitude=0.9), quiet)))
-    assert (measure(clip)[1] > 0.4) == is_silence
+    assert (measure(clip).silence_fraction > 0.4) == is_silence
 
 
 def test_pool_keeps_order_and_bounds_what_is_under_way(tmp_path):

@@ -18,6 +18,7 @@ import torch
 from conftest import TINY_MODEL, make_rows, write_part
 from transformers import AutoConfig, Wav2Vec2FeatureExtractor
 
+from corpora import OWN_COLUMNS
 from data import (
     SAMPLE_RATE_HZ,
     Batch,
@@ -72,8 +73,19 @@ def test_rows_equal_the_source_across_parts_and_record_batches(prepared: Path) -
         assert dataset.num_samples[row] == len(audio)
     assert list(dataset.column("speaker")) == [row[3] for row in source]
     assert list(dataset.column("text")) == [row[2] for row in source]
-    assert dataset.column_names == ["id", "audio", "num_samples", "text", "speaker"]
+    assert dataset.column_names == list(OWN_COLUMNS)
     assert dataset.seconds == pytest.approx(sum(len(row[1]) for row in source) / 16_000)
+
+
+def test_a_numeric_column_is_one_array_over_all_parts(prepared: Path) -> None:
+    dataset, source = ShardDataset(prepared / "train"), make_rows(13, seed=1)
+    peaks = dataset.numpy_column("peak")
+    assert peaks.dtype == np.float32
+    np.testing.assert_allclose(peaks, [np.abs(row[1].astype(int)).max() / 32_768 for row in source], rtol=1e-6)
+    np.testing.assert_array_equal(dataset.numpy_column("num_samples"), dataset.num_samples)
+    assert dataset.numpy_column("source_rate_hz").tolist() == [16_000] * 13
+    with pytest.raises(UsageError, match="has no column 'loudness'; it has id, audio"):
+        dataset.numpy_column("loudness")
 
 
 @pytest.mark.parametrize("row", [-1, 13, 10**9])
@@ -130,7 +142,11 @@ def test_promise_6_the_index_of_200_000_rows_is_a_few_numpy_arrays(tmp_path: Pat
         for start in range(0, count, per_batch):
             rows = min(per_batch, count - start)
             lengths = pa.array(np.arange(start, start + rows, dtype=np.int32))
-            columns = [names[:rows], audio.slice(0, rows), lengths, names[:rows], names[:rows]]
+            columns = {"audio": audio.slice(0, rows), "num_samples": lengths}
+            for field in schema:
+                if field.name not in columns:
+                    filling = names[:rows] if field.type == pa.string() else np.zeros(rows)
+                    columns[field.name] = pa.array(filling, field.type)
             writer.write_batch(pa.record_batch(columns, schema=schema))
     edit_facts(part, data_bytes=(part / "data.arrow").stat().st_size)
 
@@ -167,6 +183,12 @@ def overwrite(part: Path, place: int, size: int = 64) -> None:
     (part / "data.arrow").write_bytes(bytes(data))
 
 
+def first_batch(part: Path) -> int:
+    """Where the first record batch's metadata lies: behind the file's magic and the schema's message."""
+    with (part / "data.arrow").open("rb") as file:
+        return 24 + int.from_bytes(file.read(16)[12:], "little")
+
+
 def without_column(part: Path, name: str) -> None:
     table = pa.ipc.open_file(pa.py_buffer((part / "data.arrow").read_bytes())).read_all().drop_columns([name])
     with pa.OSFile(str(part / "data.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
@@ -183,10 +205,14 @@ DAMAGES: dict[str, tuple[Mutate, str]] = {
     "not JSON": (lambda part: (part / "part.json").write_text("{"), "damaged"),
     "JSON of another kind": (lambda part: (part / "part.json").write_text("[1]"), "damaged"),
     "not text": (lambda part: (part / "part.json").write_bytes(b"\xff\xfe\x00"), "damaged"),
-    "a newer schema": (lambda part: edit_facts(part, schema_version=2), "schema 2, this version reads 1"),
+    "an older schema": (
+        lambda part: edit_facts(part, schema_version=1),
+        "schema 1, this version reads 2: prepare again",
+    ),
+    "a newer schema": (lambda part: edit_facts(part, schema_version=3), "schema 3, this version reads 2"),
     "no schema version": (lambda part: edit_facts(part, schema_version=None), "damaged"),
     "no column of lengths": (lambda part: without_column(part, "num_samples"), "num_samples"),
-    "bad metadata of a record batch": (lambda part: overwrite(part, 600), "damaged"),
+    "bad metadata of a record batch": (lambda part: overwrite(part, first_batch(part)), "damaged"),
     "bad footer": (lambda part: overwrite(part, -200, 100), "damaged"),
 }
 
@@ -216,10 +242,10 @@ def test_damage_behind_the_lengths_is_named_when_its_row_is_read(prepared: Path,
     part = prepared / "train" / "part_2"
     dataset = ShardDataset(prepared / "train")
     # Done to a part that was whole at the start, as by a failing disk.
-    data = bytearray((part / "data.arrow").read_bytes())
-    data[600:664] = b"\xff" * 64
+    start = first_batch(part)
     with (part / "data.arrow").open("r+b") as file:
-        file.write(data)
+        file.seek(start)
+        file.write(b"\xff" * 64)
     cut = CutSettings(rank=0, num_processes=1, max_utterances=2)
     loader = evaluation_loader(dataset, np.arange(13), make_collator(), cut, num_workers)
     with pytest.raises(UsageError, match=r"part_2 is damaged.*delete it and run prepare.py again"):
