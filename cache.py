@@ -1,4 +1,4 @@
-"""Facts about prepared data that take seconds to find, kept beside it under the fingerprint of all that decides them."""
+"""Facts about prepared data that take seconds to find, kept beside it under a fingerprint of all that decides them."""
 
 import hashlib
 import json

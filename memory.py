@@ -318,7 +318,10 @@ def judge(name: str, probes: list[Probe], limit: float, base: float, remedy: str
     kind = "GPU" if device.type == "cuda" else "process"
     headroom = limit - heaviest.peak_bytes
     shape = (broken or [heaviest])[0].shape
-    result = f"heaviest batch {shape}: peak {heaviest.peak_bytes / MEGABYTE:,.0f} MB of the {kind}, limit {limit / MEGABYTE:,.0f} MB, headroom {headroom / MEGABYTE:,.0f} MB"
+    result = (
+        f"heaviest batch {shape}: peak {heaviest.peak_bytes / MEGABYTE:,.0f} MB of the {kind}, "
+        f"limit {limit / MEGABYTE:,.0f} MB, headroom {headroom / MEGABYTE:,.0f} MB"
+    )
     facts = {
         "shape": [heaviest.shape.rows, heaviest.shape.samples],
         "peak_bytes": heaviest.peak_bytes,

@@ -5,12 +5,14 @@ by 64-bit hashes (195,000 of them collide once in a billion runs). N: training u
 """
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from audio_checks import is_silent
+from cache import FactCache
 from corpora import SPLITS, sentence_key
 from data import ShardDataset
 from findings import Finding, Verdict, percent
@@ -44,26 +46,40 @@ class Overlap:
     details: Mapping[str, Callable[[int], str]]
 
 
-def find_overlap(sets: Mapping[str, ShardDataset], max_examples: int = 3) -> Overlap:
-    """Compare the splits in `sets`, pair by pair; "train" must be among them.
+def find_overlap(sets: Mapping[str, ShardDataset], cache: FactCache | None = None, max_examples: int = 3) -> Overlap:
+    """Compare the splits in `sets`, pair by pair; "train" must be among them. With `cache`, once for the same data.
 
     Empty texts, unknown speakers and silent clips are equal to nothing.
     """
     sets = {split: sets[split] for split in SPLITS if split in sets}
-    pairs = [(known, scored) for known, scored in PAIRS if known in sets and scored in sets]
-    audio = {split: _hashes(dataset.column("audio_sha256"), ~is_silent(dataset)) for split, dataset in sets.items()}
-    twins = {f"audio_in_{split}": _twins(audio["train"], audio[split]) for known, split in pairs if known == "train"}
-    leaked, taken = {}, np.zeros(len(sets["train"]), bool)
-    for reason, twin_N in twins.items():
+
+    def compare() -> dict[str, np.ndarray]:
+        return _compare(sets, max_examples)
+
+    fingerprints = {split: dataset.fingerprint for split, dataset in sets.items()}
+    found = compare() if cache is None else cache.get("overlap", [fingerprints, max_examples], compare)
+    findings = [Finding(**fields) for fields in json.loads(str(found["findings"]))]
+    leaked, details, taken = {}, {}, np.zeros(len(sets["train"]), bool)
+    for split in [split for split in sets if split != "train"]:
+        twin_N, reason = found[f"twin_in_{split}"], f"audio_in_{split}"
+        details[reason] = _naming_twin(sets, split, twin_N)
         leaked[reason] = (twin_N != NO_ROW) & ~taken
         taken |= leaked[reason]
-    details = {reason: _naming_twin(sets, reason.removeprefix("audio_in_"), twins[reason]) for reason in twins}
+    return Overlap(findings, leaked, details)
+
+
+def _compare(sets: Mapping[str, ShardDataset], max_examples: int) -> dict[str, np.ndarray]:
+    """The findings as JSON, and for each other split the row with the same audio as a training row, or NO_ROW, [N]."""
+    pairs = [(known, scored) for known, scored in PAIRS if known in sets and scored in sets]
+    audio = {split: _hashes(dataset.column("audio_sha256"), ~is_silent(dataset)) for split, dataset in sets.items()}
+    twins = {f"twin_in_{split}": _twins(audio["train"], audio[split]) for split in sets if split != "train"}
+    num_leaked = int(np.any([twin_N != NO_ROW for twin_N in twins.values()], axis=0).sum()) if twins else 0
     findings = [
         _compare_sentences(sets, pairs, max_examples),
         _compare_speakers(sets, pairs, max_examples),
-        _compare_audio(sets, pairs, audio, int(taken.sum()), max_examples),
+        _compare_audio(sets, pairs, audio, num_leaked, max_examples),
     ]
-    return Overlap(findings, leaked, details)
+    return {"findings": np.asarray(json.dumps([asdict(finding) for finding in findings])), **twins}
 
 
 @dataclass(frozen=True)
@@ -146,9 +162,9 @@ def _compare_sentences(
     facts["closed_set"] = closed
     result = "; ".join(said) or "no dev or test split to compare sentences with"
     if closed or worst <= SHARED_SENTENCES_LIMIT:
-        return Finding("splits", result, facts={"sentences": facts})
+        return Finding("shared sentences", result, facts=facts)
     remedy = "for the WER on sentences never seen prepare again with --split_by sentence"
-    return Finding("splits", result, "warning", remedy, {"sentences": facts})
+    return Finding("shared sentences", result, "warning", remedy, facts)
 
 
 def _sentences_said(shared: _Shared, scored: str, examples: list[str], closed: bool) -> str:
@@ -178,7 +194,7 @@ def _compare_speakers(sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[st
             text = _speakers_said(shared, scored, examples) if comparable else f"{scored} voices cannot be compared"
             said.append(text + _unknown_said(unknown, sets))
     result = "; ".join(said) or "no dev or test split to compare speakers with"
-    return Finding("splits", result, facts={"speakers": facts})
+    return Finding("shared speakers", result, facts=facts)
 
 
 def _speakers_said(shared: _Shared, scored: str, examples: list[str]) -> str:
@@ -227,7 +243,7 @@ def _compare_audio(
         remedies.append("remove repeated rows from the corpus and prepare again: each weighs double")
     verdict: Verdict = "warning" if remedies else "ok"
     result = "; ".join(said) or "no two clips are the same"
-    return Finding("splits", result, verdict, "; ".join(remedies), {"audio": facts})
+    return Finding("shared audio", result, verdict, "; ".join(remedies), facts)
 
 
 def _count_repeated(audio: _Hashes) -> int:

@@ -52,7 +52,6 @@ from memory import (
     usable_bytes,
     used_bytes,
 )
-from overlap import overlap_findings
 from processes import start_processes
 from selection import write_drop_list, write_suspects
 
@@ -133,7 +132,7 @@ def run_checks(assembly: "Assembly") -> Report:
         round_trip,
         *assembly.selection.findings,
         *check_audio(assembly.sets),
-        *overlap_findings(assembly.overlap),
+        *assembly.overlap.findings,
         *check_memory(assembly),
         check_ranks(assembly),
     ]

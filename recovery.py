@@ -80,9 +80,10 @@ class Cuts:
             )
         self.retries += 1
         self.max_padded_samples = rows * samples // 2
+        limit = self.max_padded_samples / SAMPLE_RATE_HZ
         self._report(
             f"out of memory in an {self.what}, with {rows} clips of up to {seconds:.1f} s ({ids}; {message}): "
-            f"done again, from now on in cuts of at most {self.max_padded_samples / SAMPLE_RATE_HZ:.1f} s of padded audio"
+            f"done again, from now on in cuts of at most {limit:.1f} s of padded audio"
         )
 
 

@@ -113,10 +113,7 @@ def select_training_rows(
             ~usable,
             lambda row: f"{frames[row]} frames, {needed[row]} needed for {num_labels[row]} labels",
         ),
-        **{
-            f"audio_in_{split}": (rows, lambda row, split=split: f"the same audio is {overlap.twin_of(split, row)}")
-            for split, rows in overlap.audio_also_in.items()
-        },
+        **{reason: (rows, overlap.details[reason]) for reason, rows in overlap.leaked.items()},
         "suspect_rate": (
             suspects & config.prune_suspects,
             lambda row: f"{rates[row]:.1f} labels/s, the corpus has {slowest:.1f} to {fastest:.1f}",

@@ -66,7 +66,7 @@ class PartWriter:
     def __init__(self, file: io.BufferedWriter, metadata_columns: list[str]) -> None:
         self._metadata_columns = metadata_columns
         self._sink = _HashingFile(file)
-        self._schema = _schema(metadata_columns)
+        self._schema = part_schema(metadata_columns)
         self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
         self._batch: list[tuple[SourceRow, Clip]] = []
         self._batch_samples = self._rows = self._samples = 0
@@ -138,7 +138,8 @@ class _HashingFile:
         """The caller closes the file, after it has reached the disk."""
 
 
-def _schema(metadata_columns: list[str]) -> pa.Schema:
+def part_schema(metadata_columns: list[str]) -> pa.Schema:
+    """Columns of data.arrow; the corpus' own ones come last, as text."""
     return pa.schema(
         [
             ("id", pa.string()),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from conftest import write_part
 
+from cache import FactCache
 from corpora import sentence_key
 from data import ShardDataset
 from findings import Finding
@@ -42,7 +43,7 @@ def clips(split: str, *values: np.ndarray) -> list[tuple[str, np.ndarray, str, s
 
 
 def said(overlap: Overlap) -> list[Finding]:
-    assert [finding.check for finding in overlap.findings] == ["splits"] * 3
+    assert [finding.check for finding in overlap.findings] == ["shared sentences", "shared speakers", "shared audio"]
     return overlap.findings
 
 
@@ -64,7 +65,7 @@ SENTENCES = {
 def test_shared_sentences(tmp_path: Path, case: str) -> None:
     train, dev, utterances, sentences, verdict = SENTENCES[case]
     finding = said(compare(tmp_path, train=texts("train", *train), dev=texts("dev", *dev)))[0]
-    facts = finding.facts["sentences"]["train-dev"]
+    facts = finding.facts["train-dev"]
     assert (facts["utterances"], facts["values"], finding.verdict) == (utterances, sentences, verdict)
     assert facts["share"] == pytest.approx(utterances / len(dev))
     assert len(facts["examples"]) == min(3, sentences)
@@ -111,7 +112,7 @@ def test_shared_speakers_are_said_and_never_warned_of(tmp_path: Path, case: str)
 def test_long_speaker_ids_are_shortened(tmp_path: Path) -> None:
     name = "c" * 128
     overlap = compare(tmp_path, train=speakers("train", name), dev=speakers("dev", name, "other"))
-    (shown,) = said(overlap)[1].facts["speakers"]["train-dev"]["examples"]
+    (shown,) = said(overlap)[1].facts["train-dev"]["examples"]
     assert len(shown) == 60 and shown.endswith("\u2026")
 
 
@@ -138,7 +139,7 @@ def test_identical_audio_is_left_out_of_training_with_the_name_of_its_twin(tmp_p
         ("audio_in_test", 2, "the same samples as test utterance test1"),
     ]
     finding = said(overlap)[2]
-    facts = finding.facts["audio"]
+    facts = finding.facts
     assert facts["left_out"] == 4 and facts["repeated_in_train"] == 1
     assert [facts[pair]["utterances"] for pair in ("train-dev", "train-test", "dev-test")] == [2, 2, 2]
     assert "2 dev clips (67 %: dev1, dev2) are also in train" in finding.result
@@ -165,7 +166,7 @@ def test_repeated_training_clips_are_counted_and_stay(tmp_path: Path, repeats: i
     train = [clip(1)] * repeats + [clip(number) for number in range(2, 20 - repeats + 2)]
     overlap = compare(tmp_path, train=clips("train", *train), dev=clips("dev", clip(50)))
     finding = said(overlap)[2]
-    assert finding.facts["audio"]["repeated_in_train"] == repeats - 1
+    assert finding.facts["repeated_in_train"] == repeats - 1
     assert f"{repeats - 1} training clips repeat another one and stay" in finding.result
     assert finding.verdict == verdict and not overlap.leaked["audio_in_dev"].any()
 
@@ -195,9 +196,20 @@ def test_counts_equal_sets_of_strings_on_a_random_table(tmp_path: Path) -> None:
         for known, scored in (("train", "dev"), ("train", "test"), ("dev", "test")):
             values = {key(row) for row in splits[known]}
             expected = [key(row) for row in splits[scored] if key(row) in values]
-            facts = next(finding.facts[name] for finding in overlap.findings if name in finding.facts)
+            facts = next(finding.facts for finding in overlap.findings if finding.check == f"shared {name}")
             assert facts[f"{known}-{scored}"]["utterances"] == len(expected)
             assert facts[f"{known}-{scored}"]["values"] == len(set(expected))
     held_out = {row[1].tobytes() for split in ("dev", "test") for row in splits[split]}
     leaked = np.any(list(overlap.leaked.values()), axis=0)
     assert leaked.tolist() == [row[1].tobytes() in held_out for row in splits["train"]]
+
+
+def test_what_was_found_is_kept_for_the_same_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(tmp_path, train=texts("train", "a", "b"), dev=clips("dev", clip(1)))
+    sets = {split: ShardDataset(tmp_path / split) for split in ("train", "dev")}
+    first = find_overlap(sets, FactCache(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardDataset, "column", None)
+        again = find_overlap(sets, FactCache(tmp_path))
+    assert again.findings == first.findings
+    assert {reason: rows.tolist() for reason, rows in again.leaked.items()} == {"audio_in_dev": [False, False]}
