@@ -9,6 +9,7 @@ import hashlib
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -57,6 +58,12 @@ INT16_STEP = 1 / INT16_FULL_SCALE
 FRAMES_AT_ONCE = 4096
 MIN_SAMPLES_PER_STEP = 64
 READ_BLOCK_SECONDS = 60
+# What a manifest may name beyond it (1e308 s) is no number of samples.
+MAX_SAMPLES = 2**62
+# libsndfile's log about the sound of a WAV, AIFF or AU file that is shorter than its header says.
+SHORTENED = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+# Programs that write into a pipe cannot know the size: ffmpeg says 2**32 - 1, sox about 2**31.
+STREAMED_BYTES = 2**31 - 2**16
 CLIPS_PER_TASK = 16
 # Limits what a task of long clips holds; MP3 grows about tenfold when it is decoded.
 SOURCE_BYTES_PER_TASK = 4_000_000
@@ -376,8 +383,8 @@ def _collect(task: list, future) -> Iterator[tuple]:
 def _read_mono(file: soundfile.SoundFile, request: ClipRequest) -> np.ndarray:
     """Samples of the segment as float32 [S]. Read in blocks: the length in a header is not to be trusted."""
     rate = file.samplerate
-    first = round(request.offset_seconds * rate)
-    wanted = math.inf if request.duration_seconds is None else round(request.duration_seconds * rate)
+    first = round(min(request.offset_seconds * rate, MAX_SAMPLES))
+    wanted = math.inf if request.duration_seconds is None else round(min(request.duration_seconds * rate, MAX_SAMPLES))
     if first:
         if first >= file.frames:
             raise ClipError("bad_segment", f"starts at {request.offset_seconds} s of {file.frames / rate:.2f} s")
@@ -394,10 +401,20 @@ def _read_mono(file: soundfile.SoundFile, request: ClipRequest) -> np.ndarray:
     if wanted - count > SEGMENT_TOLERANCE_SECONDS * rate and wanted != math.inf:
         found = f"{request.offset_seconds:g} s + {request.duration_seconds:g} s ends after the file"
         raise ClipError("bad_segment", f"{found}, at {(first + count) / rate:.2f} s")
-    if wanted == math.inf and count and SEGMENT_TOLERANCE_SECONDS * rate < file.frames - first - count < longest:
+    frames = _declared_frames(file)
+    if wanted == math.inf and count and SEGMENT_TOLERANCE_SECONDS * rate < frames - first - count < longest:
         # Half a clip under a whole transcript would teach (and score) deletions.
-        raise ClipError("undecodable", f"breaks off at {count / rate:.2f} s of {(file.frames - first) / rate:.2f} s")
+        raise ClipError("undecodable", f"breaks off at {count / rate:.2f} s of {(frames - first) / rate:.2f} s")
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+
+
+def _declared_frames(file: soundfile.SoundFile) -> int:
+    """Frames that the header promises: of a PCM file that breaks off libsndfile keeps the figure in its log alone."""
+    shortened = SHORTENED.search(file.extra_info)
+    if shortened is None:
+        return file.frames
+    declared, found = map(int, shortened.groups())
+    return file.frames if declared >= STREAMED_BYTES or not found else round(file.frames * declared / found)
 
 
 def _to_int16(signal_S: np.ndarray) -> np.ndarray:

@@ -148,6 +148,8 @@ def open_corpus(
         if path.suffix.lower() not in MANIFEST_SUFFIXES:
             raise UsageError(f"--corpus {path} is not a manifest: {', '.join(MANIFEST_SUFFIXES)} or a folder is needed")
         corpus = _open_tables("manifest", path.parent, [_Table(path, None)], names)
+    elif not path.is_dir():
+        raise UsageError(f"--corpus {path} is neither a file nor a folder: name a manifest or a corpus folder")
     else:
         corpus = _open_folder(path, train_split, names)
     ignored = {
@@ -205,7 +207,7 @@ class AudioLocator:
         return real, facts
 
     def _check_inside(self, real: str) -> None:
-        if not real.startswith(tuple(self._roots)):
+        if not os.path.join(real, "").startswith(tuple(self._roots)):
             raise ClipError("outside_corpus", real)
 
 
@@ -519,6 +521,8 @@ def _header(path: Path) -> list[str]:
     header = next((row for row, _ in rows), None)
     if header is None:
         raise UsageError(f"{path} is empty: a header line with column names is needed")
+    if any("\0" in name for name in header):
+        raise UsageError(f"{path}: a column name in the header holds a NUL character: remove it")
     return header
 
 
@@ -572,10 +576,8 @@ def _read_json_lines(path: Path) -> Iterator[tuple[dict[str, str] | str, int]]:
             # UnicodeEncodeError is a ValueError: an escaped half of a surrogate pair is no text.
             yield f"line {number} is not valid JSON: {error}", number
             continue
-        yield (
-            (f"line {number} holds a NUL character" if any("\0" in cell for cell in cells.values()) else cells),
-            number,
-        )
+        has_nul = any("\0" in cell for cell in (*cells, *cells.values()))
+        yield f"line {number} holds a NUL character" if has_nul else cells, number
 
 
 def _as_text(value: object) -> str:

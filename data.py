@@ -30,6 +30,8 @@ from text import TextNormalizer, Vocabulary
 INT16_SCALE = 1 / 32_768
 # Length-sorted inside windows of this many updates: padding of 2 to 3 %, and a new partition every epoch.
 UPDATES_PER_BUCKET = 64
+# Micro-batches by seconds are evened out to this share of the limit.
+EVENNESS = 0.02
 # Same constant as transformers' Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm.
 VARIANCE_FLOOR = 1e-7
 
@@ -295,9 +297,29 @@ def cut_update(
         num_chunks = math.ceil(len(order) / (max_utterances * num_processes)) * num_processes
         chunks = np.array_split(order, num_chunks)
     else:
-        chunks = _chunks_by_samples(order, num_samples, max_batch_samples)
+        chunks = _even_chunks(order, num_samples, max_batch_samples, num_processes)
         chunks = _pad_chunks(chunks, num_samples, num_processes)
     return [chunks[start : start + num_processes] for start in range(0, len(chunks), num_processes)]
+
+
+def _even_chunks(
+    order: np.ndarray, num_samples: np.ndarray, max_batch_samples: float, num_processes: int
+) -> list[np.ndarray]:
+    """As few chunks as the limit allows, and as even as so many can be: the last rank is not left the remainder.
+
+    Bisects for the smallest limit that needs no more chunks, counted in rounds of all ranks.
+    """
+    chunks = _chunks_by_samples(order, num_samples, max_batch_samples)
+    wanted = math.ceil(len(chunks) / num_processes) * num_processes
+    too_small, enough = 0.0, max_batch_samples
+    while enough - too_small > EVENNESS * max_batch_samples:
+        middle = (too_small + enough) / 2
+        found = _chunks_by_samples(order, num_samples, middle)
+        if len(found) <= wanted:
+            chunks, enough = found, middle
+        else:
+            too_small = middle
+    return chunks
 
 
 def _chunks_by_samples(order: np.ndarray, num_samples: np.ndarray, max_batch_samples: float) -> list[np.ndarray]:

@@ -29,16 +29,21 @@ def exit_status(command: Callable[[], None]) -> int:
         command()
     except UsageError as error:
         if _is_first_of_machine():
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_in_one_line(error)}", file=sys.stderr)
         return STATUS_REFUSED
     except RunFailed as error:
         rank = os.environ.get("RANK", "0")
-        print(f"failed: {error}" if rank == "0" else f"[rank {rank}] failed: {error}", file=sys.stderr)
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}failed: {_in_one_line(error)}", file=sys.stderr)
         return STATUS_FAILED
     except KeyboardInterrupt:
         _say_interrupted()
         return STATUS_INTERRUPTED
     return STATUS_DONE
+
+
+def _in_one_line(error: Exception) -> str:
+    """The message quotes names of files, columns and utterances, which may hold line ends."""
+    return " ".join(str(error).splitlines())
 
 
 def _say_interrupted() -> None:

@@ -69,6 +69,8 @@ def test_segments(tmp_path, offset, duration, first, count):
         ("a.wav", np.array([0.1, np.inf], np.float32), {}, "not_finite"),
         ("a.wav", np.zeros(1_600, np.int16), {"offset_seconds": 0.1}, "bad_segment"),
         ("a.wav", np.zeros(1_600, np.int16), {"duration_seconds": 0.3}, "bad_segment"),
+        ("a.wav", np.zeros(1_600, np.int16), {"offset_seconds": 1e308}, "bad_segment"),
+        ("a.wav", np.zeros(1_600, np.int16), {"duration_seconds": 1e308}, "bad_segment"),
     ],
 )
 def test_unusable_clips_have_a_reason(tmp_path, name, content, request_fields, reason):
@@ -83,7 +85,7 @@ def test_unusable_clips_have_a_reason(tmp_path, name, content, request_fields, r
     assert "\n" not in error.value.detail
 
 
-@pytest.mark.parametrize("suffix", [".mp3", ".flac", ".ogg"])
+@pytest.mark.parametrize("suffix", [".mp3", ".flac", ".ogg", ".wav", ".aiff", ".au"])
 def test_a_file_that_breaks_off_is_not_half_a_clip(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     soundfile.write(path, np.random.default_rng(0).standard_normal(160_000) * 0.1, 16_000)
@@ -97,6 +99,23 @@ def test_a_file_that_breaks_off_is_not_half_a_clip(tmp_path, suffix):
     else:
         # An Ogg stream carries no length: what is there is all that can be known.
         assert suffix == ".ogg" and len(samples)
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF024])
+def test_a_wav_file_written_through_a_pipe_knows_no_length_and_is_read(tmp_path, size):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(16_000, np.int16), 16_000)
+    data = bytearray(path.read_bytes())
+    data[40:44] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    assert len(read_clip(ClipRequest(str(path))).samples) == 16_000
+
+
+def test_a_segment_of_a_file_that_breaks_off_behind_it_is_read(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(16_000, np.int16), 16_000)
+    path.write_bytes(path.read_bytes()[:20_000])
+    assert len(read_clip(ClipRequest(str(path), 0.0, 0.5)).samples) == 8_000
 
 
 def test_too_long_and_odd_rates_are_refused(tmp_path, monkeypatch):

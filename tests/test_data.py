@@ -435,6 +435,9 @@ def test_cuts_are_sorted_so_that_ranks_do_like_work() -> None:
         ([2, 20, 5, 2, 5, 2, 2], 1, 1, 10.0, [[[1]], [[2, 4]], [[0, 3, 5, 6]]]),
         # Two ranks: the heaviest of three micro-batches is divided.
         ([2, 20, 5, 2, 5, 2, 2], 2, 1, 10.0, [[[1], [2]], [[4], [0, 3, 5, 6]]]),
+        # No remainder for the last rank: five and four, not eight and one.
+        ([1] * 9, 2, 1, 8.0, [[[0, 1, 2, 3, 4], [5, 6, 7, 8]]]),
+        ([1] * 9, 1, 1, 8.0, [[[0, 1, 2, 3, 4]], [[5, 6, 7, 8]]]),
         ([20, 30], 4, 1, 10.0, [[[1], [0], [], []]]),
         ([], 2, 4, None, []),
         ([], 2, 4, 10.0, []),

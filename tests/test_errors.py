@@ -34,6 +34,8 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, 0, ""),
         (RunFailed("the disk is full"), 1, "failed: the disk is full\n"),
         (UsageError("--seed is -1"), 2, "error: --seed is -1\n"),
+        (UsageError("a\nb.wav\u2028.mp3 is missing"), 2, "error: a b.wav .mp3 is missing\n"),
+        (RunFailed("a\r\nb.wav is missing"), 1, "failed: a b.wav is missing\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
