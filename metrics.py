@@ -323,10 +323,12 @@ def score_inputs(input_values_BS: torch.Tensor, sample_lengths_B: torch.Tensor) 
     larger than it. On the CPU, where the collator left the waveforms.
     """
     unfit = 0
-    for samples_S, length in zip(input_values_BS, sample_lengths_B.tolist(), strict=True):
-        deviation, mean = torch.std_mean(samples_S[:length], correction=0)
-        is_fit = INPUT_DEVIATION[0] <= float(deviation) <= INPUT_DEVIATION[1] and abs(float(mean)) <= float(deviation)
-        unfit += not is_fit
+    for padded_S, length in zip(input_values_BS, sample_lengths_B.tolist(), strict=True):
+        samples_S = padded_S[:length]
+        # Not torch.std_mean, which takes thirty times as long.
+        mean, mean_square = float(samples_S.sum()) / max(length, 1), float(samples_S.dot(samples_S)) / max(length, 1)
+        deviation = max(mean_square - mean**2, 0.0) ** 0.5
+        unfit += not (INPUT_DEVIATION[0] <= deviation <= INPUT_DEVIATION[1] and abs(mean) <= deviation)
     return Score(unfit_inputs=unfit)
 
 
