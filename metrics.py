@@ -1,12 +1,15 @@
 """Greedy CTC decoding, and error rates from counts that are summed first and divided once.
 
-B: utterances, T: frames, V: vocabulary.
+B: utterances, S: samples, T: frames, V: vocabulary, L: labels.
 """
 
+import hashlib
+import heapq
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field, fields
 
+import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
 
@@ -14,6 +17,13 @@ from text import Vocabulary
 
 # Below this difference of the two highest logits another batch size may turn the argmax (promise 2).
 NEAR_TIE_LOGITS = 1e-4
+# Distinct hypotheses are counted up to here: a collapsed model has a handful, and a score stays 8 kB whatever it saw.
+MAX_DISTINCT_HYPOTHESES = 1_000
+# Six bytes: a float64 holds the hash exactly, and a thousand texts collide once in half a billion evaluations.
+HASH_BYTES = 6
+# A waveform that reaches the model with another standard deviation than this is no speech at a level that a model can
+# have learned: normalised audio has 1, and speech recorded at full scale 0.02 to 0.3.
+INPUT_DEVIATION = (0.01, 10.0)
 
 
 def greedy_decode(logits_BTV: torch.Tensor, frame_lengths_B: torch.Tensor, vocabulary: Vocabulary) -> list[str]:
@@ -28,11 +38,16 @@ def greedy_decode(logits_BTV: torch.Tensor, frame_lengths_B: torch.Tensor, vocab
         vocabulary: of the model's head.
     """
     ids_BT = logits_BTV.argmax(dim=-1) if logits_BTV.dim() == 3 else logits_BTV
+    return [vocabulary.decode_labels(labels_L) for labels_L in _collapse(ids_BT, frame_lengths_B, vocabulary)]
+
+
+def _collapse(ids_BT: torch.Tensor, frame_lengths_B: torch.Tensor, vocabulary: Vocabulary) -> list[np.ndarray]:
+    """Labels of each row: its own frames, repeats collapsed, blanks dropped."""
     # Before the collapse: ids that the vocabulary lacks are all the same unknown token to the tokenizer.
     ids_BT = vocabulary.known_ids(ids_BT.cpu().numpy())
     kept_BT = _valid_frames(ids_BT.shape[1], frame_lengths_B.cpu()).numpy() & (ids_BT != vocabulary.blank_id)
     kept_BT[:, 1:] &= ids_BT[:, 1:] != ids_BT[:, :-1]
-    return [vocabulary.decode_labels(ids_T[kept_T]) for ids_T, kept_T in zip(ids_BT, kept_BT, strict=True)]
+    return [ids_T[kept_T] for ids_T, kept_T in zip(ids_BT, kept_BT, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,16 @@ class ErrorCounts:
     def reference_length(self) -> int:
         """Words or characters of the references."""
         return self.hits + self.deletions + self.substitutions
+
+    @property
+    def hypothesis_length(self) -> int:
+        """Words or characters of the hypotheses."""
+        return self.hits + self.insertions + self.substitutions
+
+    @property
+    def length_ratio(self) -> float:
+        """Length of the hypotheses per unit of reference, an empty reference counting as one unit."""
+        return self.hypothesis_length / max(self.reference_length, 1)
 
     @property
     def rate(self) -> float:
@@ -88,6 +113,36 @@ def _count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCo
 
 
 @dataclass(frozen=True)
+class DistinctTexts:
+    """How many different texts there were: exact up to MAX_DISTINCT_HYPOTHESES, and that number for all beyond it.
+
+    Holds the smallest hashes, so that a sum does not depend on the order of its parts.
+    """
+
+    hashes: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "DistinctTexts":
+        """Of these texts. Python's own hash has another salt in each process."""
+        digests = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=HASH_BYTES) for text in texts)
+        return cls._smallest(frozenset(int.from_bytes(digest.digest(), "big") for digest in digests))
+
+    @classmethod
+    def _smallest(cls, hashes: frozenset[int]) -> "DistinctTexts":
+        if len(hashes) > MAX_DISTINCT_HYPOTHESES:
+            hashes = frozenset(heapq.nsmallest(MAX_DISTINCT_HYPOTHESES, hashes))
+        return cls(hashes)
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def __add__(self, other: "DistinctTexts") -> "DistinctTexts":
+        if self.hashes >= other.hashes:
+            return self
+        return self._smallest(self.hashes | other.hashes)
+
+
+@dataclass(frozen=True)
 class Score:
     """Everything an evaluation sums; scores of batches, ranks and slices add up (trap 15: no mean of rates)."""
 
@@ -106,6 +161,18 @@ class Score:
     loss_sum: float = 0.0
     """CTC loss (nats) over all utterances."""
     labels: int = 0
+    """Of the utterances that have a loss."""
+    top_probability_sum: float = 0.0
+    """Of the best label, over the valid frames."""
+    top_probability_square_sum: float = 0.0
+    hypothesis_labels: int = 0
+    unknown_hypothesis_labels: int = 0
+    reference_labels: int = 0
+    """Of all utterances."""
+    unknown_reference_labels: int = 0
+    unfit_inputs: int = 0
+    """Waveforms that no model can have learned from; see `score_inputs`."""
+    distinct_hypotheses: DistinctTexts = field(default_factory=DistinctTexts)
 
     @property
     def wer(self) -> float:
@@ -137,14 +204,57 @@ class Score:
         """Share of valid frames whose best label is the blank; 0 without frames."""
         return self.blank_frames / max(self.frames, 1)
 
+    @property
+    def mean_top_probability(self) -> float:
+        """Of the best label, over valid frames; 0 without frames."""
+        return self.top_probability_sum / max(self.frames, 1)
+
+    @property
+    def top_probability_deviation(self) -> float:
+        """Standard deviation of the best label's probability over valid frames; 0 without frames."""
+        mean_square = self.top_probability_square_sum / max(self.frames, 1)
+        return max(mean_square - self.mean_top_probability**2, 0.0) ** 0.5
+
+    @property
+    def empty_fraction(self) -> float:
+        """Share of empty hypotheses; 0 for no utterance."""
+        return self.empty_hypotheses / max(self.utterances, 1)
+
+    @property
+    def label_length_ratio(self) -> float:
+        """Labels of the hypotheses per label of the references, which count as one label at least."""
+        return self.hypothesis_labels / max(self.reference_labels, 1)
+
+    @property
+    def unknown_reference_fraction(self) -> float:
+        """Share of the references' labels that stand for a character the vocabulary lacks; 0 without labels."""
+        return self.unknown_reference_labels / max(self.reference_labels, 1)
+
+    @property
+    def unknown_hypothesis_fraction(self) -> float:
+        """Share of the hypotheses' labels that are the unknown token; 0 without labels."""
+        return self.unknown_hypothesis_labels / max(self.hypothesis_labels, 1)
+
+    @property
+    def unfit_input_fraction(self) -> float:
+        """Share of waveforms out of all sane limits as the model gets them; 0 for no utterance."""
+        return self.unfit_inputs / max(self.utterances, 1)
+
     def __add__(self, other: "Score") -> "Score":
         return Score(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Score)))
 
     def to_vector(self) -> torch.Tensor:
-        """All sums as one float64 vector (counts stay exact to 2**53): one all-reduce over ranks adds scores."""
+        """Everything as one float64 vector of fixed length (counts stay exact to 2**53), for one gather over ranks."""
         values: list[float] = []
-        for part in astuple(self):
-            values.extend(part if isinstance(part, tuple) else [part])
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, ErrorCounts):
+                values.extend(astuple(value))
+            elif isinstance(value, DistinctTexts):
+                hashes = sorted(value.hashes)
+                values.extend(hashes + [-1] * (MAX_DISTINCT_HYPOTHESES - len(hashes)))
+            else:
+                values.append(value)
         return torch.tensor(values, dtype=torch.float64)
 
     @classmethod
@@ -155,6 +265,9 @@ class Score:
         for part in fields(cls):
             if part.type is ErrorCounts:
                 parts[part.name] = ErrorCounts(*(int(next(values)) for _ in fields(ErrorCounts)))
+            elif part.type is DistinctTexts:
+                hashes = [int(next(values)) for _ in range(MAX_DISTINCT_HYPOTHESES)]
+                parts[part.name] = DistinctTexts(frozenset(value for value in hashes if value >= 0))
             else:
                 parts[part.name] = part.type(next(values))
         return cls(**parts)
@@ -183,20 +296,40 @@ def score_batch(
     Returns:
         The score and the B hypotheses.
     """
-    hypotheses = greedy_decode(logits_BTV, frame_lengths_B, vocabulary)
-    frames, blank_frames, near_ties = _count_frames(logits_BTV, frame_lengths_B, vocabulary.blank_id)
-    score = Score(
+    frames, ids_BT = _score_frames(logits_BTV, frame_lengths_B, vocabulary.blank_id)
+    rows = _collapse(ids_BT, frame_lengths_B, vocabulary)
+    hypotheses = [vocabulary.decode_labels(labels_L) for labels_L in rows]
+    found, expected = np.concatenate(rows), np.concatenate([vocabulary.encode(text) for text in references])
+    score = frames + Score(
         utterances=len(hypotheses),
         empty_hypotheses=hypotheses.count(""),
-        frames=frames,
-        blank_frames=blank_frames,
-        near_ties=near_ties,
         loss_sum=loss_sum,
         labels=labels,
+        hypothesis_labels=len(found),
+        unknown_hypothesis_labels=int(np.count_nonzero(found == vocabulary.unknown_id)),
+        reference_labels=len(expected),
+        unknown_reference_labels=int(np.count_nonzero(expected == vocabulary.unknown_id)),
+        distinct_hypotheses=DistinctTexts.of(hypotheses),
     )
     for reference, raw_reference, hypothesis in zip(references, raw_references, hypotheses, strict=True):
         score += score_text(reference, raw_reference, hypothesis)
     return score, hypotheses
+
+
+def score_inputs(input_values_BS: torch.Tensor, sample_lengths_B: torch.Tensor) -> Score:
+    """Count the waveforms that are out of all sane limits as the model gets them; what needs logits stays 0.
+
+    Such a one has a standard deviation outside of INPUT_DEVIATION (silence, audio that was never scaled), or an offset
+    larger than it. On the CPU, where the collator left the waveforms.
+    """
+    unfit = 0
+    for padded_S, length in zip(input_values_BS, sample_lengths_B.tolist(), strict=True):
+        samples_S = padded_S[:length]
+        # Not torch.std_mean, which takes thirty times as long.
+        mean, mean_square = float(samples_S.sum()) / max(length, 1), float(samples_S.dot(samples_S)) / max(length, 1)
+        deviation = max(mean_square - mean**2, 0.0) ** 0.5
+        unfit += not (INPUT_DEVIATION[0] <= deviation <= INPUT_DEVIATION[1] and abs(mean) <= deviation)
+    return Score(unfit_inputs=unfit)
 
 
 def score_text(reference: str, raw_reference: str, hypothesis: str) -> Score:
@@ -222,12 +355,29 @@ def _valid_frames(num_frames: int, frame_lengths_B: torch.Tensor) -> torch.Tenso
     return torch.arange(num_frames, device=frame_lengths_B.device) < frame_lengths_B[:, None]
 
 
-def _count_frames(logits_BTV: torch.Tensor, frame_lengths_B: torch.Tensor, blank_id: int) -> tuple[int, int, int]:
-    """Valid frames, those of them whose best label is the blank, and near-ties."""
+def _score_frames(logits_BTV: torch.Tensor, frame_lengths_B: torch.Tensor, blank_id: int) -> tuple[Score, torch.Tensor]:
+    """Counts and sums over the valid frames, and the best label of every frame, ids_BT."""
     valid_BT = _valid_frames(logits_BTV.shape[1], frame_lengths_B.to(logits_BTV.device))
-    top_BT2 = logits_BTV.float().topk(2, dim=-1).values
+    logits_BTV = logits_BTV.float()
+    top_BT2 = logits_BTV.topk(2, dim=-1).values
     near_BT = (top_BT2[..., 0] - top_BT2[..., 1]) < NEAR_TIE_LOGITS
-    blank_BT = logits_BTV.argmax(dim=-1) == blank_id
-    counts = torch.stack([valid_BT.sum(), (valid_BT & blank_BT).sum(), (valid_BT & near_BT).sum()])
-    frames, blank_frames, near_ties = counts.tolist()
-    return frames, blank_frames, near_ties
+    ids_BT = logits_BTV.argmax(dim=-1)
+    probability_BT = (top_BT2[..., 0] - logits_BTV.logsumexp(dim=-1)).exp().double().where(valid_BT, 0.0)
+    sums = torch.stack(
+        [
+            valid_BT.sum(),
+            (valid_BT & (ids_BT == blank_id)).sum(),
+            (valid_BT & near_BT).sum(),
+            probability_BT.sum(),
+            probability_BT.square().sum(),
+        ]
+    )
+    frames, blank_frames, near_ties, probabilities, squares = sums.tolist()  # one wait for the device
+    score = Score(
+        frames=int(frames),
+        blank_frames=int(blank_frames),
+        near_ties=int(near_ties),
+        top_probability_sum=probabilities,
+        top_probability_square_sum=squares,
+    )
+    return score, ids_BT

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import checkpoint
+import diagnosis
 import preflight
 import runlog
 from assembly import Assembly
@@ -27,12 +28,13 @@ from errors import UsageError
 from memory import MEGABYTE, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
-from model import parameter_counts
+from model import num_frames, parameter_counts
 from pretrained import save_model
 from processes import describe_processes
 from progress import Progress
 from recovery import Cuts
 from schedule import learning_rate_at
+from selection import draw_subset
 
 SAMPLES_SHOWN = 3
 BYTES_PER_WEIGHT = 4
@@ -54,6 +56,8 @@ class RunState:
     """Of the whole run, up to the last row of the log."""
     pending_sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
     """Since the last row of the log."""
+    deaf_loss: float | None = None
+    """Of the dev set, once it was scored; see `diagnosis.deaf_loss`."""
     elapsed_seconds: float = 0.0
     log_bytes: int = 0
     sample_bytes: int = 0
@@ -241,11 +245,14 @@ class Run(Assembly):
         """A row with the scores, the samples, the plot; and model/, when the WER is the best so far."""
         values = self._training_values() if self.state.step else {}
         values |= evaluation_values(score) | {"eval_runtime": seconds}
+        remarks = self._diagnose(values) if self.is_main else []
         self._log_row(values, progress)
         if self.is_main:
             self.samples.append(*samples)
             for sample in samples[:SAMPLES_SHOWN]:
                 progress.print(f"    reference  {sample['reference']}\n    prediction {sample['prediction']}")
+            for line in remarks:
+                progress.print(line)
             runlog.draw_training_curve(runlog.read_log(self.log.path), self.folder / "training_curve.png")
         if self.state.step == 0:
             self.state.eval_wer_before = score.wer
@@ -358,6 +365,30 @@ class Run(Assembly):
             self.accelerator.log(values, step=self.state.step)
         self.meter.start()
 
+    def _diagnose(self, values: dict[str, object]) -> list[str]:
+        """Put the state of the run into the row of an evaluation; returns what is to be said."""
+        config = self.config
+        if self.state.deaf_loss is None:
+            rows = draw_subset(self.eval_rows, diagnosis.MAX_DEAF_UTTERANCES, config.seed)
+            self.state.deaf_loss = diagnosis.deaf_loss(
+                [self.vocabulary.encode(self.normalizer(self.eval_set[int(row)].text)) for row in rows],
+                num_frames(self.eval_set.num_samples[rows], self.hf_config.conv_kernel, self.hf_config.conv_stride),
+                len(self.vocabulary),
+                self.vocabulary.blank_id,
+            )
+        facts = diagnosis.Facts(
+            self.state.deaf_loss,
+            config.learning_rate,
+            config.warmup_steps,
+            config.lr_scheduler_type,
+            self.total_steps,
+            hears_level=getattr(self.hf_config, "feat_extract_norm", "layer") != "group",
+        )
+        history = runlog.read_log(self.log.path).to_dict("records")
+        values["eval_deaf_loss"] = self.state.deaf_loss
+        values["state"], lines = diagnosis.remark([*history, {"step": self.state.step, **values}], facts)
+        return lines
+
     def _save_best(self) -> None:
         temporary = self.folder / "model.new"
         with reporting_disk_errors(self.folder / "model"):
@@ -408,6 +439,18 @@ def evaluation_values(score: Score) -> dict[str, float]:
         "eval_sentence_error_rate": score.sentence_error_rate,
         "blank_fraction": score.blank_fraction,
         "eval_near_ties": score.near_ties,
+        "eval_insertion_rate": score.words.insertions / max(score.words.reference_length, 1),
+        "eval_deletion_rate": score.words.deletions / max(score.words.reference_length, 1),
+        "eval_substitution_rate": score.words.substitutions / max(score.words.reference_length, 1),
+        "eval_word_count_ratio": score.words.length_ratio,
+        "eval_label_length_ratio": score.label_length_ratio,
+        "eval_empty_fraction": score.empty_fraction,
+        "eval_distinct_hypotheses": len(score.distinct_hypotheses),
+        "eval_mean_top_probability": score.mean_top_probability,
+        "eval_top_probability_deviation": score.top_probability_deviation,
+        "eval_unknown_reference_fraction": score.unknown_reference_fraction,
+        "eval_unknown_hypothesis_fraction": score.unknown_hypothesis_fraction,
+        "eval_unfit_input_fraction": score.unfit_input_fraction,
     }
 
 

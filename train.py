@@ -31,7 +31,7 @@ from audio import SAMPLE_RATE_HZ
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
 from memory import refuse_over_limit
-from metrics import Score, score_batch
+from metrics import Score, score_batch, score_inputs
 from processes import start_processes
 from progress import Progress, format_seconds
 from recovery import is_out_of_memory
@@ -163,7 +163,7 @@ def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 @torch.no_grad()
 def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> Score:
-    """Score `rows` of `dataset`, each once on one rank; counts are summed over the ranks, and no logits are kept."""
+    """Score `rows` of `dataset`, each once on one rank; scores of the ranks are added, and no logits are kept."""
     run.model.eval()
     score = Score()
     loader = evaluation_loader(dataset, rows, run.collate, run.eval_cut, run.config.dataloader_num_workers)
@@ -171,8 +171,8 @@ def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str
         for batch in loader:
             score += score_in_cuts(run, batch)[0]
             progress.advance(audio_seconds=batch.num_samples / SAMPLE_RATE_HZ)
-    totals = score.to_vector().to(run.accelerator.device)
-    return Score.from_vector(run.accelerator.reduce(totals, reduction="sum").cpu())
+    vectors = run.accelerator.gather(score.to_vector().to(run.accelerator.device)[None])
+    return sum(map(Score.from_vector, vectors.cpu()), Score())
 
 
 def score_in_cuts(run: Run, batch: Batch) -> tuple[Score, list[str]]:
@@ -197,10 +197,11 @@ def score_one(run: Run, batch: Batch) -> tuple[Score, list[str]]:
     has_loss = [
         frames >= required_frames(row.numpy()) for frames, row in zip(frame_lengths_B.tolist(), labels, strict=True)
     ]
-    return score_batch(
+    score, hypotheses = score_batch(
         logits_BTV, frame_lengths_B, run.vocabulary, batch.texts, batch.raw_texts,
         loss_sum=float(loss_B.sum()), labels=int(batch.label_lengths_B[torch.tensor(has_loss)].sum()),
     )  # fmt: skip
+    return score + score_inputs(batch.input_values_BS, batch.sample_lengths_B), hypotheses
 
 
 def evaluate_and_log(run: Run, progress: Progress) -> None:

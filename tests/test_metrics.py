@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from metrics import (
+    DistinctTexts,
     ErrorCounts,
     Score,
     count_character_errors,
@@ -14,6 +15,7 @@ from metrics import (
     greedy_decode,
     score_batch,
     score_by,
+    score_inputs,
     score_text,
 )
 from text import LARGE_960H_VOCABULARY, Vocabulary, build_tokenizer, build_vocabulary
@@ -136,13 +138,87 @@ def test_score_batch_counts_frames_ties_and_empty_hypotheses() -> None:
     assert score.blank_fraction == 4 / 7
 
 
-def test_vectors_add_as_scores_do() -> None:
+def test_score_batch_counts_labels_unknowns_and_certainty() -> None:
+    vocabulary = Vocabulary(LARGE_960H_VOCABULARY)
+    logits_BTV = torch.zeros(2, 4, 32)
+    for row, tokens in enumerate((["A", "<unk>", "|", "<unk>"], ["<pad>", "A", "A", "B"])):
+        for frame, token in enumerate(tokens):
+            logits_BTV[row, frame, LARGE_960H_VOCABULARY[token]] = 3.0
+    logits_BTV[1, 3] = float("nan")  # padding
+    score, hypotheses = score_batch(logits_BTV, torch.tensor([4, 3]), vocabulary, ["AÉ", "A B"], ["", ""])
+    assert hypotheses == ["A<unk> <unk>", "A"]
+    assert (score.hypothesis_labels, score.unknown_hypothesis_labels, score.unknown_hypothesis_fraction) == (5, 2, 0.4)
+    assert (score.reference_labels, score.unknown_reference_labels, score.label_length_ratio) == (5, 1, 1.0)
+    assert score.unknown_reference_fraction == 0.2
+    assert score.words.length_ratio == 1.0
+    top = torch.tensor([3.0] + [0.0] * 31).softmax(0)[0].item()
+    assert score.mean_top_probability == pytest.approx(top)
+    assert score.top_probability_deviation == pytest.approx(0, abs=1e-4)
+
+
+def test_deviation_of_the_top_probability() -> None:
+    logits_BTV = torch.randn(3, 50, 32, generator=torch.Generator().manual_seed(0)) * 3
+    score = score_batch(logits_BTV, torch.full((3,), 50), Vocabulary(LARGE_960H_VOCABULARY), [""] * 3, [""] * 3)[0]
+    top = logits_BTV.softmax(-1).amax(-1).double()
+    assert score.mean_top_probability == pytest.approx(top.mean().item())
+    assert score.top_probability_deviation == pytest.approx(top.std(correction=0).item())
+
+
+def test_scores_of_batches_add_up_to_the_score_of_one() -> None:
+    vocabulary = Vocabulary(LARGE_960H_VOCABULARY)
+    logits_BTV, lengths_B = random_logits(torch.Generator().manual_seed(3), 32)
+    texts = ["A B", "", "HELLO É", "THE CAT"]
+    whole = score_batch(logits_BTV, lengths_B, vocabulary, texts, texts)[0]
+    parts = [
+        score_batch(logits_BTV[start:stop], lengths_B[start:stop], vocabulary, texts[start:stop], texts[start:stop])[0]
+        for start, stop in ((0, 1), (1, 4))
+    ]
+    added = sum((Score.from_vector(part.to_vector()) for part in parts), Score())
+    for name, value in vars(whole).items():
+        assert getattr(added, name) == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize(
+    ("counts", "count"), [((0, 0), 0), ((1, 0), 1), ((700, 0), 700), ((700, 200), 900), ((900, 900), 1000)]
+)
+def test_distinct_texts_are_counted_up_to_the_cap_in_any_order(counts: tuple[int, int], count: int) -> None:
+    first = [f"a{index % max(counts[0], 1)}" for index in range(counts[0] * 2)]
+    second = [f"b{index}" for index in range(counts[1])] + first[:10]
+    one, two = DistinctTexts.of(first), DistinctTexts.of(second)
+    assert len(one + two) == len(DistinctTexts.of(first + second)) == count
+    assert one + two == two + one == DistinctTexts.of(second + first)
+    score = Score(distinct_hypotheses=one + two)
+    assert Score.from_vector(score.to_vector()) == score
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "is_fit"),
+    [
+        (1.0, 0.0, True),
+        (0.05, 0.01, True),
+        (0.005, 0.0, False),
+        (0.0, 0.0, False),
+        (20.0, 0.0, False),
+        (0.1, 0.3, False),
+    ],
+)
+def test_inputs_out_of_sane_limits_are_counted(scale: float, offset: float, is_fit: bool) -> None:
+    signal = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0)) * scale + offset
+    padded = torch.cat([signal, torch.zeros(1, 9000)], dim=1)
+    assert score_inputs(padded, torch.tensor([4000])).unfit_inputs == int(not is_fit)
+
+
+def test_vectors_hold_scores_whole() -> None:
     one = score_text("a b c", "A b", "a x") + Score(utterances=1, frames=70, blank_frames=9, loss_sum=1.25, labels=5)
-    two = score_text("d", "d", "d e f") + Score(utterances=1, frames=2**40, near_ties=3, loss_sum=0.5, labels=1)
-    assert Score.from_vector(one.to_vector()) == one
-    assert Score.from_vector(one.to_vector() + two.to_vector()) == one + two
-    assert Score.from_vector(Score().to_vector()) == Score()
-    assert (Score().wer, Score().loss, Score().blank_fraction, Score().sentence_error_rate) == (0.0, 0.0, 0.0, 0.0)
+    two = score_text("d", "d", "d e f") + Score(utterances=1, frames=2**40, near_ties=3, top_probability_sum=0.5)
+    for score in (one, two, one + two, Score()):
+        assert Score.from_vector(score.to_vector()) == score
+        assert len(score.to_vector()) == len(Score().to_vector())
+    empty = Score()
+    assert (empty.wer, empty.loss, empty.blank_fraction, empty.sentence_error_rate) == (0.0, 0.0, 0.0, 0.0)
+    assert (empty.mean_top_probability, empty.top_probability_deviation, empty.empty_fraction) == (0.0, 0.0, 0.0)
+    assert (empty.label_length_ratio, empty.unknown_reference_fraction, empty.unknown_hypothesis_fraction) == (0, 0, 0)
+    assert (empty.words.length_ratio, empty.unfit_input_fraction) == (0.0, 0.0)
 
 
 def test_score_by_group() -> None:

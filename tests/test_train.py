@@ -55,7 +55,10 @@ TRAINING_COLUMNS = (
 )  # fmt: skip
 EVALUATION_COLUMNS = (
     "eval_loss", "eval_wer", "eval_cer", "eval_raw_wer", "eval_sentence_error_rate", "eval_near_ties",
-    "blank_fraction", "eval_runtime",
+    "blank_fraction", "eval_runtime", "eval_insertion_rate", "eval_deletion_rate", "eval_substitution_rate",
+    "eval_word_count_ratio", "eval_label_length_ratio", "eval_empty_fraction", "eval_distinct_hypotheses",
+    "eval_mean_top_probability", "eval_top_probability_deviation", "eval_unknown_reference_fraction",
+    "eval_unknown_hypothesis_fraction", "eval_unfit_input_fraction", "eval_deaf_loss",
 )  # fmt: skip
 # What a repetition cannot repeat.
 MEASURED_COLUMNS = [
