@@ -276,6 +276,10 @@ def refuse_over_limit(device: torch.device, memory_limit_mb: float | None) -> No
         return
     used = used_bytes(device)
     if used > memory_limit_mb * MEGABYTE:
+        # What the heap keeps for later is resident too, and no reason to cut a batch.
+        trim_memory()
+        used = used_bytes(device)
+    if used > memory_limit_mb * MEGABYTE:
         raise MemoryLimitExceeded(f"{used / MEGABYTE:.0f} MB in use, --memory_limit_mb {memory_limit_mb:g}")
 
 
@@ -324,6 +328,7 @@ def judge(name: str, probes: list[Probe], limit: float, base: float, remedy: str
     )
     facts = {
         "shape": [heaviest.shape.rows, heaviest.shape.samples],
+        "base_bytes": base,
         "peak_bytes": heaviest.peak_bytes,
         "limit_bytes": limit,
         "headroom_bytes": headroom,

@@ -53,6 +53,7 @@ from memory import (
     used_bytes,
 )
 from processes import start_processes
+from recovery import release_memory
 from selection import write_drop_list, write_suspects
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def check_memory(assembly: "Assembly") -> list[Finding]:
     gpu = describe_gpu(device)
     # The same limit everywhere, so that all ranks go the same way.
     limit = _extreme(accelerator, limit_bytes(device, assembly.config.memory_limit_mb), largest=False)
-    base = _extreme(accelerator, used_bytes(device), largest=True)
+    base = _base_bytes(assembly)
     findings = [gpu] if gpu else []
     if assembly.config.max_batch_seconds == "auto":
         findings.append(_set_budget(assembly, limit))
@@ -158,6 +159,12 @@ def check_memory(assembly: "Assembly") -> list[Finding]:
         remedy = _memory_remedy(assembly, limit, is_training, fits)
         findings.append(judge(name, probes, limit, base, remedy, device))
     return findings
+
+
+def _base_bytes(assembly: "Assembly") -> int:
+    """What is held without a batch, on the rank that holds most; garbage and what the heap keeps are not counted."""
+    release_memory()
+    return _extreme(assembly.accelerator, used_bytes(assembly.accelerator.device), largest=True)
 
 
 def check_ranks(assembly: "Assembly") -> Finding:
@@ -274,7 +281,7 @@ def _set_budget(assembly: "Assembly", limit: float) -> Finding:
 def _find_budget(assembly: "Assembly", limit: float, is_evaluated: bool) -> float | None:
     """The largest --max_batch_seconds that leaves MARGIN of the memory free; the same on every rank."""
     lengths = assembly.plan.num_samples
-    base = _extreme(assembly.accelerator, used_bytes(assembly.accelerator.device), largest=True)
+    base = _base_bytes(assembly)
     usable = usable_bytes(limit, base)
 
     def fits(seconds: float) -> tuple[bool, float]:

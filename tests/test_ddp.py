@@ -44,7 +44,6 @@ MEASURED_COLUMNS = [
 
 def serve() -> None:
     """For each line on stdin: run the asked number of ranks, answer with their exit statuses."""
-    sys.path.insert(0, str(REPOSITORY))
     for module in COSTLY_MODULES:
         importlib.import_module(module)
     gc.freeze()  # Ranks that do not touch what they share do not copy it.
@@ -174,7 +173,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
     process = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )

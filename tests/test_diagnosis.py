@@ -168,7 +168,7 @@ def healthy(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     trainer = Trainer(tmp_path_factory.mktemp("healthy"))
     data_dir = trainer.data()
     with contextlib.redirect_stdout(screen):
-        run_dir = trainer.train(data_dir, eval_steps=25, max_steps=325)
+        run_dir = trainer.train(data_dir, eval_steps=25, max_steps=500)
     return run_dir, data_dir, screen.getvalue()
 
 
@@ -272,10 +272,14 @@ def test_divergence(healthy: tuple[Path, Path, str], trainer: Trainer, capsys: p
         )
     )  # fmt: skip
     assert log["eval_cer"].iloc[0] < 0.3
-    assert log["state"].tolist() == ["", "divergence", "divergence"]
+    # A constant guess may be right about a word or two of one letter.
+    assert set(log["state"][1:]) <= {"", "divergence"}
+    assert log["state"].iloc[-1] == "divergence"
+    assert (level(log)[1:] > 0.9).all()
     assert "and has risen to" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memorising_texts_that_belong_to_other_clips(trainer: Trainer) -> None:
     rows = iter(make_rows(40, seed=9)[1:] * 9)
     data_dir = trainer.data(lambda row: (row[0], row[1], next(rows)[2].replace(" ", ""), row[3]), 16)
@@ -284,6 +288,7 @@ def test_memorising_texts_that_belong_to_other_clips(trainer: Trainer) -> None:
     assert hopeless["state"].tolist()[-2:] == ["memorising"] * 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_what_the_run_would_have_said(trainer: Trainer) -> None:
     data_dir = trainer.data()
     settings = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "max_steps": 200, "save_steps": 100}

@@ -176,6 +176,13 @@ def write_long_clips(data_dir: Path) -> None:
     write_part(data_dir / "train" / "part_1", rows)
 
 
+def limit_mb(check: Callable[..., int], recipe: Path, data_dir: Path, share: float) -> float:
+    """A limit that leaves batches this share of what the heaviest needs; measured after all modules are loaded."""
+    assert check("--config", recipe) == 0
+    facts = read_report(data_dir / "preflight")[1]["memory training"]["facts"]
+    return (facts["base_bytes"] + (facts["peak_bytes"] - facts["base_bytes"]) * share) / 1e6
+
+
 def test_promise_5_a_batch_that_does_not_fit_is_refused_with_one_that_does(
     prepared: Path, tmp_path: Path, check: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
@@ -201,7 +208,7 @@ def test_promise_5_a_batch_that_does_not_fit_is_refused_with_one_that_does(
 
 
 def test_auto_finds_a_budget_that_fits_and_changes_no_update(
-    prepared: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture
+    prepared: Path, tmp_path: Path, run: Callable[..., int], check: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
     write_long_clips(prepared)
     recipe = write_recipe(
@@ -209,9 +216,7 @@ def test_auto_finds_a_budget_that_fits_and_changes_no_update(
         learning_rate=1e-5,
     )  # fmt: skip
     assert run("--config", recipe, "--output_dir", tmp_path / "plain") == 0
-    facts = read_report(tmp_path / "plain")[1]["memory training"]["facts"]
-    used = preflight.used_bytes(torch.device("cpu"))
-    limit = (used + (facts["peak_bytes"] - used) * 0.7) / 1e6
+    limit = limit_mb(check, recipe, prepared, share=0.7)
     flags = ("--max_batch_seconds", "auto", "--memory_limit_mb", limit)
     assert run("--config", recipe, "--output_dir", tmp_path / "auto", *flags) == 0
     report, findings = read_report(tmp_path / "auto")
@@ -227,7 +232,7 @@ def test_auto_finds_a_budget_that_fits_and_changes_no_update(
 
 
 def test_memory_that_really_runs_out_in_an_update_changes_nothing(
-    prepared: Path, tmp_path: Path, run: Callable[..., int], capsys: pytest.CaptureFixture
+    prepared: Path, tmp_path: Path, run: Callable[..., int], check: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
     """A limit that the preflight refuses, gone on with: each update is done in cuts that fit."""
     write_long_clips(prepared)
@@ -236,9 +241,7 @@ def test_memory_that_really_runs_out_in_an_update_changes_nothing(
         learning_rate=1e-5,
     )  # fmt: skip
     assert run("--config", recipe, "--output_dir", tmp_path / "plain") == 0
-    facts = read_report(tmp_path / "plain")[1]["memory training"]["facts"]
-    used = preflight.used_bytes(torch.device("cpu"))
-    limit = (used + (facts["peak_bytes"] - used) * 0.3) / 1e6
+    limit = limit_mb(check, recipe, prepared, share=0.3)
     capsys.readouterr()
     flags = ("--preflight", "warn", "--memory_limit_mb", limit)
     assert run("--config", recipe, "--output_dir", tmp_path / "short", *flags) == 0

@@ -274,7 +274,8 @@ def test_config_yaml_repeats_the_run(finished: Finished, tmp_path: Path, command
     )
     assert status == 0
     first, second = (read_log(folder / "training_log.csv") for folder in (finished.folder, tmp_path / "again"))
-    for column in set(LOG_COLUMNS) - set(MEASURED_COLUMNS):
+    assert first["state"].equals(second["state"])
+    for column in set(LOG_COLUMNS) - {*MEASURED_COLUMNS, "state"}:
         np.testing.assert_allclose(first[column], second[column], rtol=1e-5, err_msg=column)
     samples = [tree(folder)["eval_samples.csv"] for folder in (finished.folder, tmp_path / "again")]
     assert samples[0] == samples[1]
