@@ -66,8 +66,10 @@ def seconds_of(command: list[str]) -> float:
 def write_recipe(path: Path, data_dir: Path) -> None:
     """The demo's model on the set, with the English recipe's limits."""
     demo = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
-    english = {"data_dir": str(data_dir), "demo_corpus": False, "do_predict": False}
-    english |= {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    english = {
+        "data_dir": str(data_dir), "output_dir": str(path.parent / "run"), "demo_corpus": False, "do_predict": False,
+        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
+    }  # fmt: skip
     path.write_text(yaml.safe_dump(demo | english | {"max_duration_in_seconds": 15.0}))
 
 
@@ -121,9 +123,11 @@ def columns(
         "peak": rng.uniform(0.1, 0.9, count).astype(np.float32),
         "rms": rng.uniform(0.02, 0.1, count).astype(np.float32),
         "bandwidth_hz": rng.uniform(3_000, 6_000, count).astype(np.float32),
+        "highest_frequency_hz": rng.uniform(12_000, 15_000, count).astype(np.float32),
         "source_rate_hz": np.full(count, 32_000, np.int32),
         "audio_sha256": [hashlib.sha256(name.encode()).hexdigest() for name in ids],
     }
+    assert values.keys() <= set(schema.names)
     return [
         pa.array(
             values[field.name] if field.name in values else np.zeros(count, field.type.to_pandas_dtype()), field.type
