@@ -478,7 +478,7 @@ def _refuse_occupied(folder: Path, is_auto: bool) -> None:
         return
     elsewhere = "start over with another --output_dir"
     if not (folder / "config.yaml").is_file() or is_auto:
-        foreign = ", ".join(sorted(names - set(RUN_FILES))[:3])
+        foreign = ", ".join(sorted(names - set(RUN_FILES) or names)[:3])
         raise UsageError(f"--output_dir {folder} is not an empty folder, it holds {foreign}: {elsewhere}")
     resume = f"train.py --config {folder / 'config.yaml'} --resume_from_checkpoint"
     if not checkpoint.has_checkpoints(folder):
