@@ -42,13 +42,13 @@ class Assembly:
         data_dir = Path(self.config.data_dir)
         self.train_set = ShardDataset(data_dir / "train")
         self.eval_set = self.train_set if self.config.eval_split == "train" else ShardDataset(data_dir / "dev")
-        has_test = self.config.do_predict and has_utterances(data_dir / "test")
-        self.test_set = ShardDataset(data_dir / "test") if has_test else None
         self.sets = {"train": self.train_set}
         if self.eval_set is not self.train_set:
             self.sets["dev"] = self.eval_set
-        if self.test_set is not None:
-            self.sets["test"] = self.test_set
+        if has_utterances(data_dir / "test"):
+            # Checked, and kept out of training, also where it is not scored: someone will score it one day.
+            self.sets["test"] = ShardDataset(data_dir / "test")
+        self.test_set = self.sets.get("test") if self.config.do_predict else None
 
     def _load_model(self) -> None:
         config, device = self.config, self.accelerator.device

@@ -28,7 +28,7 @@ from atomic import UNFINISHED, recover_folder, replace_folder, reporting_disk_er
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
 from errors import Stopped, UsageError
-from memory import MEGABYTE, peak_bytes
+from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
 from model import num_frames, parameter_counts
@@ -105,7 +105,12 @@ class Run(Assembly):
         self.meter = Meter(accelerator, self.state.pending_sums, self.state.grad_norm)
         self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter, self.state.bad_in_a_row)
         self.stop = StopSignals(config.max_hours, self._started_at)
-        self.cuts, self.eval_cuts = (Cuts(what, self._report_loudly) for what in ("update", "evaluation"))
+        self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
+        checkpointing = "" if config.gradient_checkpointing else "give --gradient_checkpointing, "
+        self.cuts = Cuts(
+            "update", f"{checkpointing}lower --max_duration_in_seconds, or use a smaller model", self._report_loudly
+        )
+        self.eval_cuts = Cuts("evaluation", "cut the clip, or use a smaller model", self._report_loudly)
         if config.report_to:
             accelerator.init_trackers(TRACKER_PROJECT, config={k: str(v) for k, v in asdict(config).items()})
 
@@ -328,7 +333,7 @@ class Run(Assembly):
             runlog.BadBatchTable(self._bad_batches_path).append(*rows)
             culprits = [str(row["id"]) for row in rows if not math.isfinite(row["loss"])]
             named = f"; loss not finite: {', '.join(culprits[:SAMPLES_SHOWN])}" if culprits else ""
-            self._report_loudly(f"update {rows[0]['step'] + 1 if rows else '?'} left out, not finite{named}")
+            self._report_loudly(f"update {rows[0]['step'] if rows else '?'} left out, not finite{named}")
 
     @property
     def _bad_batches_path(self) -> Path:
@@ -369,7 +374,8 @@ class Run(Assembly):
         self.bad_updates.judge(self.write_bad_batches)
         sums = self.meter.reduce()
         self.meter.clear()
-        loss = sums["loss"] / max(sums["labels"], 1)
+        # Without labels all updates were left out.
+        loss = sums["loss"] / sums["labels"] if sums["labels"] else math.nan
         grad_norm = float(self.meter.grad_norm)
         self.state.sums = [total + new for total, new in zip(self.state.sums, sums.values(), strict=True)]
         seconds = max(sums["seconds"], 1e-9)
@@ -398,7 +404,7 @@ class Run(Assembly):
             "step": self.state.step,
             "epoch": self.state.step / self.plan.updates_per_epoch,
             **values,
-            "peak_memory_mb": peak_bytes(self.accelerator.device) / MEGABYTE,
+            "peak_memory_mb": max(peak_bytes(self.accelerator.device), self.memory_limit.highest_bytes) / MEGABYTE,
             "elapsed_seconds": self._elapsed_seconds(),
         }
         if self.is_main:
