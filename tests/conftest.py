@@ -1,7 +1,6 @@
 """Fixtures: small prepared sets without a synthesiser, tiny models, and where real speech lies."""
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,8 @@ from accelerate.utils import DistributedType, DynamoBackend
 
 from audio import SAMPLE_RATE_HZ, Clip, measure
 from corpora import SourceRow
-from shards import SCHEMA_VERSION, PartWriter
+from integrity import SCHEMA_VERSION, sealed
+from shards import PartWriter
 
 REPOSITORY = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -90,11 +90,12 @@ def write_part(folder: Path, rows: Sequence[tuple[str, np.ndarray, str, str]], r
             if number % rows_per_batch == 0:
                 writer._write_batch()
         facts = writer.finish() | {"schema_version": SCHEMA_VERSION}
-    (folder / "part.json").write_text(json.dumps(facts))
+    (folder / "part.json").write_text(sealed(facts))
     # prepare.py's mark of a finished preparation, with the parts of each split.
     data_dir = folder.parents[1]
     parts = {split: {"parts": len(list((data_dir / split).glob("part_*")))} for split in ("train", "dev", "test")}
-    (data_dir / "prepare.json").write_text(json.dumps({"splits": parts}))
+    facts = {"schema_version": SCHEMA_VERSION, "flags": ["--corpus", "corpus"], "splits": parts}
+    (data_dir / "prepare.json").write_text(sealed(facts))
 
 
 def make_rows(

@@ -281,8 +281,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
         ("text", {}, "was made from other rows or files"),
         ("audio", {}, "was made from other rows or files"),
         ("fewer rows", {}, "holds 3 parts, this corpus .* make 2"),
-        ("damage", {}, "is damaged: delete"),
-        ("part.json", {}, "part.json cannot be read"),
     ],
 )
 def test_other_settings_or_another_corpus_are_refused_and_nothing_is_touched(tmp_path, change, settings, message):
@@ -295,10 +293,6 @@ def test_other_settings_or_another_corpus_are_refused_and_nothing_is_touched(tmp
         soundfile.write(corpus / "dev1.wav", np.zeros(50), 8_000)
     elif change == "fewer rows":
         manifest.write_text("".join(line + "\n" for line in manifest.read_text().split("\n") if "train4" not in line))
-    elif change == "damage":
-        (out / "train/part_2/data.arrow").write_bytes(b"")
-    elif change == "part.json":
-        (out / "train/part_2/part.json").write_text("{")
     before = snapshot(out)
     with pytest.raises(UsageError, match=message):
         run(corpus, out, **({"chunk_size": 2} | settings))
@@ -348,7 +342,7 @@ def test_links_and_absolute_paths_need_audio_root(tmp_path):
 def test_too_small_a_disk_is_said_before_the_start(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus", {"train": 4})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UsageError, match=r"needs about .* GB .*are free: free some"):
+    with pytest.raises(UsageError, match=r"needs about .* kB .*1 bytes are free: free some"):
         run(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -364,7 +358,7 @@ def test_a_disk_that_fills_up_leaves_finished_parts(tmp_path, monkeypatch):
         return write(self, data)
 
     monkeypatch.setattr(shards._HashingFile, "write", full_disk)
-    with pytest.raises(RunFailed, match="No space left on device; finished parts are kept"):
+    with pytest.raises(RunFailed, match=r"disk full at .*/part_\d: \d.* needed, .* free; finished parts are kept"):
         run(corpus, tmp_path / "out", chunk_size=2)
     names = sorted(path.name for path in (tmp_path / "out/train").iterdir())
     assert names and names == [f"part_{number + 1}" for number in range(len(names))] and len(names) < 3
@@ -382,17 +376,6 @@ def test_folders_of_others_are_left_alone(tmp_path):
     with pytest.raises(UsageError, match="is a file"):
         run(corpus, tmp_path / "file")
     assert snapshot(corpus) == before
-
-
-def test_two_at_a_time_are_refused(tmp_path):
-    corpus, out = write_corpus(tmp_path / "corpus", {"train": 4}), tmp_path / "out"
-    with (
-        prepare_module._output_folder(out),
-        pytest.raises(UsageError, match=r"another prepare\.py is writing"),
-        prepare_module._output_folder(out),
-    ):
-        pass
-    run(corpus, out)
 
 
 def test_a_repeated_id_is_found_across_parts_and_after_a_resume(tmp_path):
