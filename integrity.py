@@ -90,6 +90,7 @@ def hash_index(index: "hashlib._Hash", batch: pa.RecordBatch) -> None:
             continue
         if column.null_count:
             raise Damage(f"data.arrow: values of {name} are missing")
+        index.update(f"{name} {column.type} {len(column)}".encode())
         if pa.types.is_string(column.type):
             _, ends, characters = column.buffers()
             ends = np.frombuffer(ends, np.int32, len(column) + 1)
@@ -250,7 +251,7 @@ def _damaged_rows(folder: Path) -> Iterator[str]:
         for batch in read_batches(source):
             for row in range(len(batch)):
                 if not check_audio(audio_of(batch, row), batch.column("audio_sha256")[row].as_py()):
-                    yield f"row {batch.column('id')[row].as_py()}: its audio differs from its checksum"
+                    yield f"row {batch.column('id')[row].as_py()} of data.arrow: its audio differs from its checksum"
 
 
 def audio_of(batch: pa.RecordBatch, row: int) -> np.ndarray:
