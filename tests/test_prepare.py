@@ -23,7 +23,7 @@ import progress
 import shards
 import splits
 from audio import ClipRequest, read_clip
-from config import PrepareConfig
+from config import PrepareConfig, parse_arguments
 from corpora import DROP_REASONS, OWN_COLUMNS, sentence_key
 from data import ShardDataset
 from errors import RunFailed, UsageError
@@ -405,6 +405,7 @@ def test_two_at_a_time_are_refused(tmp_path):
     assert not list(out.glob(".*"))
 
 
+@pytest.mark.slow
 def test_hosts_that_share_the_demo_make_it_once(tmp_path, monkeypatch):
     """What train.py does on each host: the first prepares, the second waits and finds every part."""
     out = tmp_path / "out"
@@ -426,12 +427,12 @@ def test_hosts_that_share_the_demo_make_it_once(tmp_path, monkeypatch):
 
 # --- killed at every step of the way
 
-# Forks a process for each place in which it is killed, and one that goes on; clips are decoded without a pool, which
-# tests/test_kill_prepare.py kills.
+# Forks a process for each place in which it is killed, and one that goes on; clips are decoded without a pool, whose
+# end the next test sees.
 KILLED_IN_PLACES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-import prepare, shards
+import pandas, prepare, shards  # pyarrow would import pandas in every process
 from audio import read_clip
 
 os.fsync = lambda file: None  # what a kill leaves is in the kernel's hands already
@@ -494,6 +495,7 @@ print(json.dumps(statuses))
 """
 
 
+@pytest.mark.slow
 def test_killed_at_every_step_and_started_again(tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -514,6 +516,16 @@ def test_killed_at_every_step_and_started_again(tmp_path):
     assert len(expected) == 2 * 4 + 2
     for number in range(14):
         assert files(tmp_path / str(number)) == expected, list(statuses)[number]
+
+
+@pytest.mark.slow
+def test_killed_at_random_with_one_and_four_workers(tmp_path):
+    """Ten kills in small; `python benchmarks/kill_prepare.py` makes a hundred."""
+    start = [sys.executable, REPOSITORY / "benchmarks" / "kill_prepare.py", "--kills", "10"]
+    done = subprocess.run(start, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kills survived: 10; " in done.stdout
+    assert done.stdout.endswith("sets that differ: 0; processes left behind: 0\n")
 
 
 # --- damage
@@ -577,11 +589,11 @@ def test_the_command_that_damage_names_makes_the_damaged_parts_alone(three_parts
     with pytest.raises(UsageError, match=f"train/part_2 is damaged .row {row} of data.arrow") as error:
         list(map(ShardDataset(out / "train").__getitem__, range(30)))
     flags = str(error.value).partition("make it again with python prepare.py ")[2].split()
+    capsys.readouterr()
     run(corpus, out, chunk_size=10)
     assert "every part is there already" in capsys.readouterr().out, "audio is not read without --verify"
-    mended = command(*flags, "--num_workers", 1)
-    assert mended.returncode == 0, mended.stderr
-    assert f"damaged, will be made again: {out}/train/part_2: row {row} of data.arrow" in mended.stdout
+    prepare(parse_arguments(PrepareConfig, [*flags, "--num_workers", "1"], ""))
+    assert f"damaged, will be made again: {out}/train/part_2: row {row} of data.arrow" in capsys.readouterr().out
     assert files(out) == whole
     untouched = [path for path in kept if "/part_" in path and "/train/part_2/" not in path]
     assert {path: snapshot(out)[path] for path in untouched} == {path: kept[path] for path in untouched}
