@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,41 +41,48 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rng = np.random.default_rng(arguments.seed)
-    survived = compared = differing = orphans = 0
+    rng, total, expected = np.random.default_rng(arguments.seed), Counter(), None
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_corpus(Path(folder) / "corpus")
-        for index, num_workers in enumerate(arguments.num_workers):
-            kills = arguments.kills * (index + 1) // len(arguments.num_workers) - survived
-            out = Path(folder) / f"undisturbed_{num_workers}"
+        for number, num_workers in enumerate(arguments.num_workers, 1):
+            kills = arguments.kills * number // len(arguments.num_workers) - total["kills"]
+            out = Path(folder) / f"{num_workers}_workers"
             started_at = time.monotonic()
             finish(start(corpus, out, num_workers))
-            wall_time = time.monotonic() - started_at
-            expected = expected if index else contents(out)
-            differing += contents(out) != expected  # the numbers of workers among each other
-            phases, sets = Counter(), 0
+            seconds = time.monotonic() - started_at
+            moments = iter(lambda limit=seconds: rng.uniform(0, limit), None)
+            expected = expected or contents(out)  # one set for every number of workers
+            total["differing"] += contents(out) != expected
+            phases = Counter()
             while phases.total() < kills:
-                out = Path(folder) / f"set_{num_workers}_{sets}"
-                while phases.total() < kills:
-                    process = start(corpus, out, num_workers)
-                    if is_done_after(process, rng.uniform(0, wall_time)):
-                        break
-                    orphans += kill(process)
-                    phases[phase(out)] += 1
-                else:
-                    finish(start(corpus, out, num_workers))
-                sets += 1
-                differing += contents(out) != expected
-            survived, compared = survived + phases.total(), compared + sets
+                out = Path(folder) / f"{num_workers}_workers_{total['sets']}"
+                total["orphans"] += kill_until_done(corpus, out, num_workers, kills, phases, moments)
+                total["sets"] += 1
+                total["differing"] += contents(out) != expected
+            total["kills"] += phases.total()
             places = ", ".join(f"{count} {name}" for name, count in phases.most_common())
-            print(
-                f"{num_workers} workers, {wall_time:.1f} s undisturbed: {phases.total()} kills ({places})", flush=True
-            )
+            print(f"{num_workers} workers, {seconds:.1f} s undisturbed: {phases.total()} kills ({places})", flush=True)
     print(
-        f"kills survived: {survived}; sets finished and compared: {compared}, {len(expected)} files each "
-        f"(data.arrow, part.json, dropped.csv, prepare.json); sets that differ: {differing}; processes left behind: {orphans}"
+        f"kills survived: {total['kills']}; sets finished and compared: {total['sets']}, {len(expected)} files each "
+        "(data.arrow, part.json, dropped.csv, prepare.json); "
+        f"sets that differ: {total['differing']}; processes left behind: {total['orphans']}"
     )
-    sys.exit(1 if differing or orphans else 0)
+    sys.exit(1 if total["differing"] or total["orphans"] else 0)
+
+
+def kill_until_done(
+    corpus: Path, out: Path, num_workers: int, kills: int, phases: Counter, moments: Iterator[float]
+) -> int:
+    """Make one set, killed again and again until a run ends by itself or `phases` counts `kills`; the orphans."""
+    orphans = 0
+    while phases.total() < kills:
+        process = start(corpus, out, num_workers)
+        if is_done_after(process, next(moments)):
+            return orphans
+        orphans += kill(process)
+        phases[phase(out)] += 1
+    finish(start(corpus, out, num_workers))
+    return orphans
 
 
 def write_corpus(folder: Path) -> Path:
