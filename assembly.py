@@ -32,7 +32,7 @@ class Assembly:
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.is_main = accelerator.is_main_process
-        self.status = RankStatus(accelerator)
+        self.status = RankStatus(accelerator, config.ddp_timeout)
         self._open_data()
         self._load_model()
         self._select_utterances()

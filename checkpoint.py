@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from atomic import ASIDE, UNFINISHED, check_free_space, recover_folder, replace_folder, reporting_disk_errors
 from errors import RunFailed, UsageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
 
 State = dict[str, Any]
@@ -83,6 +83,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((folder for folder in folders if re.fullmatch(r"step_\d{6,}", folder.name)), key=_step_of)
 
 
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether there is any, intact or not; one that was swapped when a kill came counts."""
+    return bool(list_checkpoints(run_dir) or list((run_dir / "checkpoints").glob(f"step_*{ASIDE}")))
+
+
 def find_checkpoint(run_dir: Path, which: str, report: Callable[[str], None] = print) -> Path:
     """The checkpoint to resume from; every byte of it has been checked against its manifest.
 
@@ -104,8 +109,8 @@ def find_checkpoint(run_dir: Path, which: str, report: Callable[[str], None] = p
             return folder
         report(f"skipping the damaged checkpoint {folder}: {damage}")
     raise UsageError(
-        f"--resume_from_checkpoint last: {run_dir / 'checkpoints'} holds no intact checkpoint; leave the flag out and "
-        "name a new --output_dir to start over"
+        f"--resume_from_checkpoint last: {run_dir / 'checkpoints'} holds no intact checkpoint; `auto` starts over "
+        "where there is none at all, or name a new --output_dir"
     )
 
 

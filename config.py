@@ -176,7 +176,14 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints kept; the best model is kept apart, in model/."""
     resume_from_checkpoint: str | None = None
-    """`last`, or a checkpoint folder of this run."""
+    """`last` for the newest intact one, `auto` for the same or a fresh start where there is none, or a checkpoint
+    folder of this run."""
+    resume_anyway: bool = False
+    """Resume although settings or data have changed that decide the meaning of the run; they are named and recorded."""
+    max_hours: float | None = None
+    """Save a checkpoint and stop, with status 143, after so many hours, as at SIGTERM, SIGUSR1 and Ctrl-C."""
+    ddp_timeout: int = 1800
+    """Seconds after which the processes of a run give up waiting for one that does not answer."""
     preflight: Literal["refuse", "warn"] = "refuse"
     """What a check before step 1 that refuses does: `refuse` stops the run, `warn` is shown and goes on."""
     max_bad_updates: int = 10
@@ -211,6 +218,7 @@ class TrainConfig:
             "save_steps",
             "save_total_limit",
             "max_bad_updates",
+            "ddp_timeout",
         ):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
@@ -220,7 +228,7 @@ class TrainConfig:
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "max_duration_in_seconds"):
             if not getattr(self, name) > 0:
                 found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
-        for name in ("max_train_samples", "max_eval_samples", "max_batch_seconds", "memory_limit_mb"):
+        for name in ("max_train_samples", "max_eval_samples", "max_batch_seconds", "memory_limit_mb", "max_hours"):
             value = getattr(self, name)
             if value not in (None, "auto") and not value > 0:
                 found.append(f"--{name} is {value}, it must be above 0")

@@ -34,6 +34,7 @@ from integrity import (
     remake_command,
 )
 from model import draw_masks, num_frames
+from stopping import ignore_stop_signals
 from text import TextNormalizer, Vocabulary
 
 INT16_SCALE = 1 / 32_768
@@ -630,5 +631,6 @@ def _loader(dataset: Dataset, sampler: object, num_workers: int) -> DataLoader:
         sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
         generator=torch.Generator().manual_seed(0),
     )

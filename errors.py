@@ -19,6 +19,18 @@ class RunFailed(RuntimeError):
     """The run was right and failed on the way (disk full, non-finite loss). The status is 1."""
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has; another command goes on from there.
+
+    Attributes:
+        status: 130 after Ctrl-C, else 143.
+    """
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
 def exit_status(command: Callable[[], None]) -> int:
     """Run `command` and turn the errors that a user can cause into one line on stderr and a status.
 
@@ -35,6 +47,10 @@ def exit_status(command: Callable[[], None]) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"{'' if rank == '0' else f'[rank {rank}] '}failed: {_in_one_line(error)}", file=sys.stderr)
         return STATUS_FAILED
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {_in_one_line(stopped)}", file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         _say_interrupted()
         return STATUS_INTERRUPTED

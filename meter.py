@@ -23,9 +23,9 @@ MAX_SCALER_SKIPS = 40
 class Meter:
     """Sums since the last row of the log. The loss stays on the device, so that no step waits for it."""
 
-    def __init__(self, accelerator: Accelerator, pending: list[float]) -> None:
+    def __init__(self, accelerator: Accelerator, pending: list[float], grad_norm: float | None) -> None:
         self.accelerator = accelerator
-        self.grad_norm = torch.tensor(float("nan"))
+        self.grad_norm = torch.tensor(float("nan") if grad_norm is None else grad_norm)
         self.note = ""
         self._started_at: float | None = None
         self._restart(pending)
@@ -98,10 +98,15 @@ class BadUpdates:
     waits.
     """
 
-    def __init__(self, accelerator: Accelerator, max_bad_updates: int, meter: Meter) -> None:
+    def __init__(self, accelerator: Accelerator, max_bad_updates: int, meter: Meter, in_a_row: list[int]) -> None:
         self.accelerator, self.max_bad_updates, self.meter = accelerator, max_bad_updates, meter
         self._newest: _Watched | None = None
-        self._bad_in_a_row = self._skips_in_a_row = 0
+        self._bad_in_a_row, self._skips_in_a_row = in_a_row
+
+    @property
+    def in_a_row(self) -> list[int]:
+        """How many of the newest updates were bad, and how many were skipped by a loss scaler."""
+        return [self._bad_in_a_row, self._skips_in_a_row]
 
     def watch(
         self, step: int, batches: list[tuple[Batch, torch.Tensor]], grad_norm: torch.Tensor, loss: torch.Tensor,

@@ -100,7 +100,7 @@ def main() -> None:
 
     config = parse_arguments(PreflightConfig, sys.argv[1:], __doc__)
     folder = Path(config.output_dir or Path(config.data_dir) / "preflight")
-    accelerator = start_processes(config.report_to, str(folder))
+    accelerator = start_processes(config.report_to, str(folder), config.ddp_timeout)
     try:
         assembly = Assembly(config, accelerator)
         assembly.plan_updates(assembly.utterances_per_update)
@@ -261,7 +261,7 @@ def _probe_everywhere(assembly: "Assembly", shape: Shape, is_training: bool, lim
     """One shape on every rank at once: the largest peak, and whether it fits on all."""
     mine = probe(assembly.passes, shape, is_training, limit)
     peak = _extreme(assembly.accelerator, mine.peak_bytes, largest=True)
-    return Probe(shape, int(peak), assembly.status.worst(int(not mine.fits)) == 0)
+    return Probe(shape, int(peak), assembly.status.worst(int(not mine.fits)) == [0])
 
 
 def _set_budget(assembly: "Assembly", limit: float) -> Finding:

@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 from torch import nn
 
 from errors import RunFailed, UsageError
@@ -21,8 +22,13 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NUMBERS_PER_REDUCTION = 25_000_000
 
 
-def start_processes(report_to: list[str], output_dir: str) -> Accelerator:
+def start_processes(report_to: list[str], output_dir: str, ddp_timeout: int = 1800) -> Accelerator:
     """The Accelerator of this run, with the launcher's settings checked.
+
+    Args:
+        report_to: trackers.
+        output_dir: where they write.
+        ddp_timeout: seconds to wait for a process that does not answer.
 
     Raises:
         UsageError: for settings that would be ignored, run slowly in silence, or let processes overwrite each other.
@@ -50,7 +56,10 @@ def start_processes(report_to: list[str], output_dir: str) -> Accelerator:
     if not has_gpu:
         _use_all_cores()
     # Without a GPU several processes talk over gloo instead of each believing that it is alone.
-    accelerator = Accelerator(cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir)
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))
+    accelerator = Accelerator(
+        cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir, kwargs_handlers=[timeout]
+    )
     if accelerator.distributed_type not in SUPPORTED:
         raise UsageError(
             f"the launcher asks for {accelerator.distributed_type.value}, which this loop does not do: choose "
@@ -112,24 +121,33 @@ def main_first(accelerator: Accelerator) -> Iterator[None]:
 class RankStatus:
     """Lets the ranks agree on how an attempt went, host to host: no rank waits for its GPU."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    def __init__(self, accelerator: Accelerator, ddp_timeout: int) -> None:
+        several = accelerator.num_processes > 1
+        timeout = timedelta(seconds=ddp_timeout)
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timeout) if several else None
 
-    def worst(self, status: int) -> int:
-        """The largest status of all ranks. A rank that has ended makes the others fail at once.
+    def worst(self, *statuses: int) -> list[int]:
+        """The largest of all ranks, for each status. A rank that has ended makes the others fail at once.
 
         Raises:
-            RunFailed: another rank is gone.
+            RunFailed: another rank is gone, or has not answered within --ddp_timeout.
         """
         if self._group is None:
-            return status
-        statuses = torch.tensor([status])
+            return list(statuses)
+        largest = torch.tensor(statuses)
         try:
-            torch.distributed.all_reduce(statuses, torch.distributed.ReduceOp.MAX, group=self._group)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise RunFailed(f"another process of the run has ended ({reason}); its own message says why") from error
-        return int(statuses)
+            raise RunFailed(f"another process of the run {describe_loss(error)}; its own message says why") from error
+        return largest.tolist()
+
+
+def describe_loss(error: RuntimeError) -> str:
+    """What a failed exchange says about the other process."""
+    reason = str(error).splitlines()[0]
+    if "timed out" in reason.lower():
+        return f"has not answered within --ddp_timeout ({reason})"
+    return f"has ended ({reason})"
 
 
 class SharedGradients:

@@ -4,11 +4,14 @@
 rate are functions of the seed and the step.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,10 +24,10 @@ import diagnosis
 import preflight
 import runlog
 from assembly import Assembly
-from atomic import recover_folder, replace_folder, reporting_disk_errors, write_atomically
+from atomic import UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
-from errors import UsageError
+from errors import Stopped, UsageError
 from memory import MEGABYTE, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
@@ -35,8 +38,16 @@ from progress import Progress
 from recovery import Cuts
 from schedule import learning_rate_at
 from selection import draw_subset
+from stopping import StopSignals
 
 SAMPLES_SHOWN = 3
+TRACKER_PROJECT = "wav2vec2-ctc-finetune"
+# What a run leaves in its folder.
+RUN_FILES = (
+    *("config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv"),
+    *("bad_batches.csv", "train_results.json", "checkpoints", "model", "model.new", *preflight.REPORT_FILES),
+    *(TRACKER_PROJECT, "wandb"),
+)
 BYTES_PER_WEIGHT = 4
 
 
@@ -48,6 +59,8 @@ class RunState:
     identity: dict[str, object]
     """What a resume must not change; see `Run._identity`."""
     step: int = 0
+    finished_step: int = -1
+    """The last step that was evaluated and logged as was due; a run that is asked to stop does not wait for that."""
     best_step: int | None = None
     best_eval_wer: float | None = None
     eval_wer_before: float | None = None
@@ -56,6 +69,12 @@ class RunState:
     """Of the whole run, up to the last row of the log."""
     pending_sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
     """Since the last row of the log."""
+    grad_norm: float | None = None
+    """Of the last update."""
+    bad_in_a_row: list[int] = field(default_factory=lambda: [0, 0])
+    """Updates left out at the end: see `BadUpdates.in_a_row`."""
+    resumed_anyway: list[dict[str, object]] = field(default_factory=list)
+    """At which step --resume_anyway went on, and what had changed."""
     deaf_loss: float | None = None
     """Of the dev set, once it was scored; see `diagnosis.deaf_loss`."""
     elapsed_seconds: float = 0.0
@@ -83,11 +102,12 @@ class Run(Assembly):
             self._begin()
         else:
             self._resume()
-        self.meter = Meter(accelerator, self.state.pending_sums)
-        self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter)
+        self.meter = Meter(accelerator, self.state.pending_sums, self.state.grad_norm)
+        self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter, self.state.bad_in_a_row)
+        self.stop = StopSignals(config.max_hours, self._started_at)
         self.cuts, self.eval_cuts = (Cuts(what, self._report_loudly) for what in ("update", "evaluation"))
         if config.report_to:
-            accelerator.init_trackers("wav2vec2-ctc-finetune", config={k: str(v) for k, v in asdict(config).items()})
+            accelerator.init_trackers(TRACKER_PROJECT, config={k: str(v) for k, v in asdict(config).items()})
 
     # Setting up
 
@@ -129,7 +149,8 @@ class Run(Assembly):
             facts = describe_processes(self.accelerator)
             header = "launched with " + ", ".join(f"{name} {value}" for name, value in facts.items())
             environment = runlog.describe_environment(Path(__file__).parent, self.train_set.fingerprint, facts)
-            found = replace(self.config, max_batch_seconds=self.max_batch_seconds)
+            _remove_leftovers(self.folder)
+            found = replace(self.config, max_batch_seconds=self.max_batch_seconds, resume_from_checkpoint=None)
             self._write("config.yaml", write_config(found, header))
             self._write("environment.json", json.dumps(environment, indent=1))
             self._open_tables()
@@ -142,15 +163,26 @@ class Run(Assembly):
         own = self.state.identity
         changed = [name for name in own if own[name] != saved.identity.get(name)]
         if changed:
-            was = [
-                f"{name} (was {saved.identity.get(name)}, is {own[name]})" if name in vars(self.config) else name
-                for name in changed
-            ]
+            self._refuse_or_record(changed, saved)
+        self.state = saved
+
+    def _refuse_or_record(self, changed: list[str], saved: RunState) -> None:
+        """What a resume must not change has changed: --resume_anyway writes it into the state."""
+        own = self.state.identity
+        was = [
+            f"{name} (was {saved.identity.get(name)}, is {own[name]})" if name in vars(self.config) else name
+            for name in changed
+        ]
+        if not self.config.resume_anyway or "the shape of the model" in changed:
+            anyway = "" if "the shape of the model" in changed else ", --resume_anyway"
             raise UsageError(
                 f"{self.checkpoint} belongs to another run, different in {', '.join(was)}: use the settings of "
-                f"{self.folder / 'config.yaml'}, or another --output_dir"
+                f"{self.folder / 'config.yaml'}{anyway}, or another --output_dir"
             )
-        self.state = saved
+        saved.resumed_anyway.append({"step": saved.step, "changed": was})
+        saved.identity = own
+        if self.is_main:
+            print(f"resuming anyway, although different in {', '.join(was)}", flush=True)
 
     def _find_checkpoint(self) -> Path:
         """The first rank mends an interrupted swap and says what it skips, before the others look."""
@@ -261,11 +293,21 @@ class Run(Assembly):
             if self.is_main:
                 self._save_best()
 
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Save a checkpoint when the block is left because all ranks have agreed to stop."""
+        try:
+            yield
+        except Stopped:
+            self.save_checkpoint()
+            raise
+
     def save_checkpoint(self) -> None:
         """What a resume needs; older checkpoints go when the new one is whole."""
         state = self.state
         self.bad_updates.judge(self.write_bad_batches)
         state.pending_sums = list(self.meter.reduce().values())
+        state.grad_norm, state.bad_in_a_row = float(self.meter.grad_norm), self.bad_updates.in_a_row
         state.elapsed_seconds = self._elapsed_seconds()
         self._started_at = time.monotonic()
         if self.is_main:
@@ -319,6 +361,7 @@ class Run(Assembly):
             "best_step": state.best_step,
             "best_eval_wer": state.best_eval_wer,
             "eval_wer_before": state.eval_wer_before,
+            **({"resumed_anyway": state.resumed_anyway} if state.resumed_anyway else {}),
         }
 
     def _training_values(self) -> dict[str, float]:
@@ -391,6 +434,7 @@ class Run(Assembly):
 
     def _save_best(self) -> None:
         temporary = self.folder / "model.new"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         with reporting_disk_errors(self.folder / "model"):
             save_model(self.loaded, temporary)
             rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
@@ -405,28 +449,51 @@ class Run(Assembly):
         write_atomically(self.folder / name, text)
 
 
-def refuse_occupied_folder(config: TrainConfig) -> None:
-    """A new run needs a folder of its own.
+def choose_beginning(config: TrainConfig) -> TrainConfig | None:
+    """The settings with `auto` decided: `last` where there is a checkpoint, else a fresh start.
+
+    A new run needs a folder of its own, and `auto` may also begin again where a run was killed before its first
+    checkpoint. None when `auto` finds the run finished.
 
     Raises:
         UsageError: --output_dir holds a run (with the command that resumes it) or anything else.
     """
-    folder = Path(config.output_dir)
-    if config.resume_from_checkpoint is not None or not folder.exists():
-        return
+    folder, which = Path(config.output_dir), config.resume_from_checkpoint
+    if which not in (None, "auto"):
+        return config
+    if which == "auto":
+        if (folder / "train_results.json").is_file():
+            return None
+        if checkpoint.has_checkpoints(folder):
+            return replace(config, resume_from_checkpoint="last")
+    if folder.exists():
+        _refuse_occupied(folder, is_auto=which == "auto")
+    return replace(config, resume_from_checkpoint=None)
+
+
+def _refuse_occupied(folder: Path, is_auto: bool) -> None:
+    names = {path.name.removesuffix(UNFINISHED) for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     # preflight.py may have written its report there.
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= set(preflight.REPORT_FILES):
+    if folder.is_dir() and names <= set(RUN_FILES if is_auto else preflight.REPORT_FILES):
         return
     elsewhere = "start over with another --output_dir"
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"--output_dir {folder} is not an empty folder: {elsewhere}")
-    if not checkpoint.list_checkpoints(folder):
-        raise UsageError(f"{folder} holds a run that stopped before its first checkpoint: delete it, or {elsewhere}")
+    if not (folder / "config.yaml").is_file() or is_auto:
+        foreign = ", ".join(sorted(names - set(RUN_FILES) or names)[:3])
+        raise UsageError(f"--output_dir {folder} is not an empty folder, it holds {foreign}: {elsewhere}")
+    resume = f"train.py --config {folder / 'config.yaml'} --resume_from_checkpoint"
+    if not checkpoint.has_checkpoints(folder):
+        raise UsageError(
+            f"{folder} holds a run that stopped before its first checkpoint: begin it again with {resume} auto, or "
+            f"{elsewhere}"
+        )
     state = "a finished run" if (folder / "train_results.json").is_file() else "a run"
-    raise UsageError(
-        f"{folder} holds {state}: resume it with train.py --config {folder / 'config.yaml'} "
-        f"--resume_from_checkpoint last, or {elsewhere}"
-    )
+    raise UsageError(f"{folder} holds {state}: resume it with {resume} last, or {elsewhere}")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of a run that was killed before its first checkpoint; `choose_beginning` has allowed it."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def evaluation_values(score: Score) -> dict[str, float]:

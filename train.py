@@ -35,7 +35,7 @@ from metrics import Score, score_batch, score_inputs
 from processes import start_processes
 from progress import Progress, format_seconds
 from recovery import is_out_of_memory
-from run import Run, refuse_occupied_folder
+from run import Run, choose_beginning
 from schedule import learning_rate_at
 from text import required_frames
 
@@ -48,13 +48,18 @@ def main() -> None:
     """Parse, set up, train, sum up."""
     arguments = sys.argv[1:] or ["--config", str(DEMO_CONFIG)]
     config = parse_arguments(TrainConfig, arguments, __doc__)
-    accelerator = start_processes(config.report_to, config.output_dir)
+    accelerator = start_processes(config.report_to, config.output_dir, config.ddp_timeout)
     try:
-        refuse_occupied_folder(config)
+        chosen = choose_beginning(config)
+        if chosen is None:
+            if accelerator.is_main_process:
+                print(f"finished already: {config.output_dir} holds train_results.json and model/")
+            return
+        config = chosen
         if config.demo_corpus:
             prepare_demo(config, accelerator)
         run = Run(config, accelerator)
-        with failing_by_name():
+        with failing_by_name(), run.stop:
             train(run)
             finish(run)
     finally:
@@ -63,27 +68,39 @@ def main() -> None:
 
 def train(run: Run) -> None:
     """The loop: one update, then what is due at this step."""
-    config, state = run.config, run.state
+    state = run.state
     loader = training_loader(
         run.train_set, run.plan, run.num_labels, run.collate, run.cut, state.step, run.total_steps,
-        config.dataloader_num_workers,
+        run.config.dataloader_num_workers,
     )  # fmt: skip
-    with Progress("training", run.total_steps, "updates", run.is_main, start=state.step) as progress:
-        if state.step == 0 and run.head_fits:
-            score_before_training(run, progress)
+    with Progress("training", run.total_steps, "updates", run.is_main, start=state.step) as progress, run.stopping():
         run.meter.start()
+        finish_step(run, progress)  # Step 0, or what a resumed run was stopped from doing.
         for update in loader:
             loss_sum, grad_norm = train_step(run, update)
             state.step += 1
             run.meter.add(update, loss_sum, grad_norm)
-            is_last = state.step == run.total_steps
-            if state.step % config.eval_steps == 0 or is_last:
-                evaluate_and_log(run, progress)
-            elif state.step % config.logging_steps == 0:
-                run.log_training(progress)
-            if state.step % config.save_steps == 0 or is_last:
-                run.save_checkpoint()
+            finish_step(run, progress)
             progress.advance(note=run.meter.note)
+
+
+def finish_step(run: Run, progress: Progress) -> None:
+    """Evaluate, log and save, as is due at this step and not done yet."""
+    config, step = run.config, run.state.step
+    run.stop.check()
+    if run.state.finished_step == step:
+        return
+    is_last = step == run.total_steps
+    if step == 0:
+        if run.head_fits:
+            score_before_training(run, progress)
+    elif step % config.eval_steps == 0 or is_last:
+        evaluate_and_log(run, progress)
+    elif step % config.logging_steps == 0:
+        run.log_training(progress)
+    run.state.finished_step = step
+    if step > 0 and (step % config.save_steps == 0 or is_last):
+        run.save_checkpoint()
 
 
 def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +149,8 @@ def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Te
             except RunFailed as error:
                 failure = error
             run.meter.count("oom_retries", run.cuts.retries - retries)
-        status = run.status.worst(GIVES_UP if failure else TRIES_AGAIN if losses is None else DONE)
+        own_status = GIVES_UP if failure else TRIES_AGAIN if losses is None else DONE
+        status, run.stop.agreed = run.status.worst(own_status, run.stop.requested)
         if status == GIVES_UP:
             raise failure or RunFailed("another process of the run is out of memory; its own message says where")
         if status == DONE:
@@ -163,14 +181,22 @@ def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 @torch.no_grad()
 def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> Score:
-    """Score `rows` of `dataset`, each once on one rank; scores of the ranks are added, and no logits are kept."""
+    """Score `rows` of `dataset`, each once on one rank; scores of the ranks are added, and no logits are kept.
+
+    Raises:
+        Stopped: a rank was asked to.
+    """
     run.model.eval()
     score = Score()
     loader = evaluation_loader(dataset, rows, run.collate, run.eval_cut, run.config.dataloader_num_workers)
     with Progress(description, len(loader), "batches", run.is_main) as progress:
         for batch in loader:
+            if run.stop.requested:
+                break
             score += score_in_cuts(run, batch)[0]
             progress.advance(audio_seconds=batch.num_samples / SAMPLE_RATE_HZ)
+    (run.stop.agreed,) = run.status.worst(run.stop.requested)
+    run.stop.check()
     vectors = run.accelerator.gather(score.to_vector().to(run.accelerator.device)[None])
     return sum(map(Score.from_vector, vectors.cpu()), Score())
 
@@ -229,10 +255,11 @@ def transcribe_samples(run: Run) -> list[dict[str, object]]:
 
 
 def score_before_training(run: Run, progress: Progress) -> None:
-    """Row 0 of the log, and the test set as it was before: what the checkpoint can do without this run."""
-    evaluate_and_log(run, progress)
-    if run.test_set is not None:
+    """The test set as it was before, and row 0 of the log: what the checkpoint can do without this run."""
+    run.meter.pause()
+    if run.test_set is not None and run.state.test_before is None:
         run.state.test_before = evaluate_test(run)
+    evaluate_and_log(run, progress)
 
 
 def evaluate_test(run: Run) -> dict[str, float]:

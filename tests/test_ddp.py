@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, TALKATIVE, TINY_GROUP_NORM_MODEL, TINY_MODEL, write_recipe
 
+from checkpoint import find_damage, list_checkpoints
+
 SECONDS_FOR_A_RUN = 120
+HANG_SECONDS = 12
 # What a run imports, some of it late: once for all ranks.
 COSTLY_MODULES = (
     "train", "torch._dynamo", "transformers.models.wav2vec2.modeling_wav2vec2", "pandas", "matplotlib.figure",
@@ -76,22 +80,32 @@ def _fork_rank(rank: int, request: dict) -> int:
 
 
 def _inject(failure: dict) -> None:
-    """Make this rank fail in an update: in the forward or backward pass of these micro-batches, or by ending."""
+    """Make this rank fail, in the forward or backward pass of these micro-batches of an update or an evaluation.
+
+    `where` is one of those two passes (memory runs out), end, hang, or the name of a signal that is sent.
+    """
     import train
 
     original, passes = train.forward, itertools.count()
 
     def is_due(run: train.Run) -> bool:
-        return run.model.training and run.state.step == failure["step"] and next(passes) in failure["passes"]
+        is_place = run.model.training != failure.get("evaluating", False) and run.state.step == failure["step"]
+        return is_place and next(passes) in failure["passes"]
 
     def forward(run: train.Run, batch: train.Batch) -> tuple[torch.Tensor, ...]:
         outputs = original(run, batch)
         if is_due(run):
             if failure["where"] == "end":
                 os._exit(9)
+            if failure["where"] == "hang":
+                time.sleep(HANG_SECONDS)
+                os._exit(9)
+            if failure["where"].startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, failure["where"]))
             if failure["where"] == "forward":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
-            outputs[2].register_hook(_run_out_of_memory)
+            if failure["where"] == "backward":
+                outputs[2].register_hook(_run_out_of_memory)
         return outputs
 
     train.forward = forward
@@ -404,6 +418,68 @@ def test_a_rank_that_ends_stops_the_others_at_once(
     assert line.startswith("failed: another process of the run has ended (")
 
 
+def test_a_rank_that_hangs_stops_the_others_in_bounded_time(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, save_steps=2)
+    failure = {"rank": 1, "step": 3, "where": "hang", "passes": [0]}
+    started_at = time.monotonic()
+    stopped = run_ranks(2, "run", "--config", recipe, "--ddp_timeout", 3, failure=failure, status=1)
+    assert stopped.statuses == [1, 9]
+    (line,) = stopped.stderr[0].splitlines()
+    assert line.startswith("failed: another process of the run has not answered within --ddp_timeout (")
+    assert (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
+    assert time.monotonic() - started_at < SECONDS_FOR_A_RUN
+
+
+# --- Asked to stop -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "failure", "status", "stopped_at"),
+    [
+        (1, {"where": "SIGTERM", "step": 3}, 143, 4),
+        (1, {"where": "SIGUSR1", "step": 2}, 143, 3),
+        (1, {"where": "SIGINT", "step": 3, "evaluating": True}, 130, 3),
+        (2, {"where": "SIGTERM", "step": 2, "rank": 1}, 143, 3),
+        (2, {"where": "SIGINT", "step": 6, "rank": 0, "evaluating": True}, 130, 6),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_a_run_that_is_asked_to_stop_goes_on_as_if_it_had_not_been(
+    num_processes: int, failure: dict, status: int, stopped_at: int, prepared: Path, tmp_path: Path,
+    run_ranks: Callable[..., Ranks],
+) -> None:  # fmt: skip
+    """In an update (also one whose row of the log is due), and in an evaluation; on one rank of two."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL | TALKATIVE | MASKS | {"hidden_dropout": 0.2},
+        per_device_train_batch_size=8 // num_processes, per_device_eval_batch_size=1, logging_steps=2, eval_steps=3,
+        save_steps=5, max_steps=7, do_predict=False,
+    )  # fmt: skip
+    whole = run_ranks(num_processes, "whole", "--config", recipe)
+    failure = {"rank": 0, "passes": [0]} | failure
+    flags = ("--config", recipe, "--resume_from_checkpoint", "auto")
+    stopped = run_ranks(num_processes, "parts", *flags, failure=failure, status=status)
+    assert stopped.statuses == [status] * num_processes
+    assert "Traceback" not in "".join(stopped.stderr)
+    assert f"stopped: {failure['where']}" in stopped.stderr[0]
+    names = [path.name for path in sorted((tmp_path / "parts" / "checkpoints").iterdir())]
+    assert names[-1] == f"step_{stopped_at:06d}"
+
+    resumed = run_ranks(num_processes, "parts", *flags)
+    assert f"at step {stopped_at} of 7" in resumed.stdout[0]
+    assert repeatable(resumed) == repeatable(whole)
+    mine, theirs = resumed.state(7), whole.state(7)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    samples = [(ranks.run_dir / "eval_samples.csv").read_text() for ranks in (whole, resumed)]
+    assert samples[0] == samples[1]
+    steps = [stopped.trained(step) for step in range(stopped_at)]
+    steps += [resumed.trained(step) for step in range(7 - stopped_at)]
+    assert steps == [whole.trained(step) for step in range(7)]
+    assert "finished already" in run_ranks(num_processes, "parts", *flags).stdout[0]
+
+
 # --- The launcher itself -------------------------------------------------------------------------------------------
 
 
@@ -445,9 +521,12 @@ def test_launcher_starts_two_processes_without_a_gpu(prepared: Path, tmp_path: P
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
-def test_training_ends_with_its_launcher(prepared: Path, tmp_path: Path) -> None:
-    """Trap 26: SIGTERM to the single-process launcher leaves neither train.py nor its workers behind."""
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1_000_000, dataloader_num_workers=1)
+@pytest.mark.parametrize("to_group", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["launcher", "group"])
+def test_training_ends_with_its_launcher(to_group: bool, prepared: Path, tmp_path: Path) -> None:
+    """Trap 26: SIGTERM to the launcher alone, or to its loaders too, leaves a checkpoint and no process behind."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, max_steps=1_000_000, save_steps=1_000_000, dataloader_num_workers=1
+    )
     process = launch(
         tmp_path, "--num_processes", 1, "--mixed_precision", "no", REPOSITORY / "train.py",
         "--config", recipe, "--output_dir", "run",
@@ -459,13 +538,19 @@ def test_training_ends_with_its_launcher(prepared: Path, tmp_path: Path) -> None
         assert any(line.startswith("step 2/") for line in process.stdout), "training never began"
         children = psutil.Process(process.pid).children(recursive=True)
         assert any("train.py" in " ".join(child.cmdline()) for child in children)
-        process.terminate()
+        if to_group:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.terminate()
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive
+        assert "stopped: SIGTERM" in process.stdout.read()
     finally:
         deadline.cancel()
         end(process, children)
     assert process.returncode != 0
+    (saved,) = list_checkpoints(tmp_path / "run")
+    assert find_damage(saved) is None
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def test_what_the_launcher_may_ask_for(
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert start_processes(["tensorboard"], "runs/x").num_processes == 1
-    assert one_process == [{"cpu": not has_gpu, "log_with": ["tensorboard"], "project_dir": "runs/x"}]
+    (settings,) = one_process
+    assert settings.pop("kwargs_handlers")[0].timeout.total_seconds() == 1800
+    assert settings == {"cpu": not has_gpu, "log_with": ["tensorboard"], "project_dir": "runs/x"}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
