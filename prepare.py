@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, NoReturn, TypeAlias, TypeVar
+from typing import BinaryIO, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -170,7 +170,6 @@ class _Job:
         state: of the corpus when it was scanned.
         find_damage: what is wrong with a finished part.
         damaged: parts to be made again.
-        bytes_per_row: of a prepared part, estimated from the first clips.
     """
 
     corpus: Corpus
@@ -181,7 +180,6 @@ class _Job:
     settings: dict
     find_damage: Callable[[Path], list[str]]
     damaged: set[Path] = field(default_factory=set)
-    bytes_per_row: float = 0.0
 
     def check_existing(self, out: Path) -> int:
         """Compare finished parts with the settings and the corpus; the number of rows that are still to be prepared.
@@ -260,8 +258,8 @@ class _Job:
             raise UsageError(
                 f"{bad} of the first {total} clips cannot be used, mostly {reason} ({meaning}; {example}): {remedy}"
             )
-        self.bytes_per_row = DISK_MARGIN * BYTES_PER_SAMPLE * sum(num_samples) / max(len(num_samples), 1)
-        _check_disk(out, missing_rows * self.bytes_per_row)
+        seconds_per_row = sum(num_samples) / SAMPLE_RATE_HZ / max(len(num_samples), 1)
+        _check_disk(out, _bytes_of_audio(missing_rows * seconds_per_row))
 
     def write_parts(self, out: Path, pool: ClipPool, missing_rows: int) -> None:
         """Write every part that is not there yet, and in the place of a damaged one its like."""
@@ -281,6 +279,7 @@ class _Job:
         fingerprint: "hashlib._Hash",
         progress: Progress,
     ) -> None:
+        seconds_before = progress.audio_seconds
         try:
             with new_part(folder) as unfinished:
                 with (unfinished / "data.arrow").open("wb") as file:
@@ -296,8 +295,11 @@ class _Job:
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            bytes_needed = int(self.bytes_per_row * max(progress.total - progress.done, 1))
-            _say_disk_full(folder, bytes_needed, error)
+            # This part's audio so far, and for each row that is left as much as the rows of this run had.
+            seconds = progress.audio_seconds - seconds_before
+            seconds += progress.audio_seconds / max(progress.done, 1) * (progress.total - progress.done)
+            remedy = "finished parts are kept, make room and run the same command again to go on"
+            raise RunFailed(disk_full(folder, _bytes_of_audio(seconds), free_bytes(folder), remedy)) from error
 
     def _write_rows(
         self, file: io.BufferedWriter, results: Iterator[tuple["_Judged", _Outcome]], progress: Progress
@@ -485,7 +487,12 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise UsageError(f"--data_dir {out} holds other files ({min(names)}, ...): name a new or empty folder")
 
 
-def _check_disk(out: Path, bytes_needed: float) -> None:
+def _bytes_of_audio(seconds: float) -> int:
+    """Room for prepared audio, with a margin."""
+    return int(DISK_MARGIN * BYTES_PER_SAMPLE * SAMPLE_RATE_HZ * seconds)
+
+
+def _check_disk(out: Path, bytes_needed: int) -> None:
     free = free_bytes(out)
     if bytes_needed > free:
         raise UsageError(
@@ -516,11 +523,6 @@ def _saying_what_stays(out: Path) -> Iterator[None]:
     except (OSError, Damage) as error:
         path, reason = getattr(error, "filename", None) or out, getattr(error, "strerror", None) or error
         raise RunFailed(f"{path}: {reason}; finished parts are kept, run the same command again to go on") from error
-
-
-def _say_disk_full(path: Path, bytes_needed: int, error: OSError) -> NoReturn:
-    remedy = "finished parts are kept, make room and run the same command again to go on"
-    raise RunFailed(disk_full(path, bytes_needed, free_bytes(path), remedy)) from error
 
 
 def _damage_at_a_glance(folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile
+from conftest import fill
 
 import corpora
 import integrity
@@ -378,6 +380,51 @@ def test_a_disk_that_fills_up_leaves_finished_parts(tmp_path, monkeypatch):
     monkeypatch.undo()
     run(corpus, tmp_path / "out", chunk_size=2)
     assert len(list((tmp_path / "out/train").iterdir())) == 3
+
+
+def test_a_real_disk_that_fills_up(tmp_path, small_disk):
+    """The first clips are short, so the estimate is too low, and the disk fills up in the midst of a part."""
+    corpus, out = tmp_path / "corpus", small_disk / "data"
+    corpus.mkdir()
+    soundfile.write(corpus / "short.wav", np.full(100, 0.1), 16_000)
+    soundfile.write(corpus / "long.wav", np.full(500_000, 0.1), 16_000)
+    names = ["short"] * prepare_module.PROBED_CLIPS + ["long"] * 16
+    rows = [f"{number},{name}.wav,text,train" for number, name in enumerate(names)]
+    (corpus / "manifest.csv").write_text("\n".join(["id,path,text,split", *rows]))
+    filler = fill(small_disk, 8_000_000)
+    message = rf"disk full at {out}/train/part_3: 17\.6 MB needed, [78]\.\d MB free; finished parts are kept"
+    for _ in range(2):  # at the second start there is still no room, and the estimate knows nothing new
+        with pytest.raises(RunFailed, match=message):
+            run(corpus, out, chunk_size=100)
+        assert sorted(path.name for path in (out / "train").iterdir()) == ["part_1", "part_2"]
+    kept = checksums(out)
+    filler.unlink()
+    run(corpus, out, chunk_size=100)
+    assert {path: checksums(out)[path] for path in kept} == kept
+    integrity.verify(out)
+
+
+@pytest.mark.parametrize(("function", "file"), [("_write_dropped", "dropped.csv"), ("sealed", "prepare.json")])
+def test_a_full_disk_at_the_end(tmp_path, small_disk, monkeypatch, function, file):
+    corpus, out = write_corpus(tmp_path / "corpus", {"train": 4}, ("gone.wav,x,s0,train,",)), small_disk / "data"
+    original = getattr(prepare_module, function)
+    monkeypatch.setattr(prepare_module, function, lambda *arguments: (fill(small_disk), original(*arguments))[1])
+    message = rf"disk full at {out}/{re.escape(file)}: [\d.]+ \w+ needed, 0 bytes free"
+    with pytest.raises(RunFailed, match=message):
+        run(corpus, out)
+    assert sorted(path.name for path in out.iterdir() if path.name != "train") in ([], ["dropped.csv"])
+    monkeypatch.undo()
+    (small_disk / "filler").unlink()
+    run(corpus, out)
+    integrity.verify(out)
+
+
+def test_a_read_only_place_is_named(tmp_path, read_only_disk):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 4})
+    done = command("--corpus", corpus, "--data_dir", read_only_disk / "data")
+    assert (done.returncode, done.stdout) == (2, "")
+    reason = "cannot be written: Read-only file system: name another folder"
+    assert done.stderr == f"error: --data_dir {read_only_disk / 'data'} {reason}\n"
 
 
 def test_folders_of_others_are_left_alone(tmp_path):
