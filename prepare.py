@@ -308,11 +308,11 @@ class _Job:
         for judged, result in results:
             source_rows += 1
             error = judged.error or (result if isinstance(result, ClipError) else None)
+            progress.advance(1, 0.0 if error else len(result.samples) / SAMPLE_RATE_HZ)
             if error is None:
                 writer.add(judged.row, result)
             else:
                 dropped.append({"id": judged.row.id, "reason": error.reason, "detail": error.detail})
-            progress.advance(1, 0.0 if error else len(result.samples) / SAMPLE_RATE_HZ)
         return writer.finish() | {"source_rows": source_rows, "dropped": dropped}
 
     def _parts(self, out: Path, split: str) -> Iterator[tuple[Path, int, Iterator, "hashlib._Hash"]]:
