@@ -21,24 +21,29 @@ SPARE_BYTES = 16 * 2**20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], None]) -> None:
+def write_atomically(
+    path: Path, content: bytes | str | Callable[[BinaryIO], None], num_bytes: int | None = None
+) -> None:
     """Write a file so that `path` holds the old content or all of the new one, whatever happens.
 
     Args:
         path: its folder must exist.
         content: bytes, text (UTF-8) or a function that writes into the open binary file.
+        num_bytes: what a function will write, about; said when the disk is full.
 
     Raises:
         RunFailed: disk full or not writable, naming path and space; `path` is as it was.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
-    with reporting_disk_errors(path):
+    if isinstance(content, str):
+        content = content.encode()
+    with reporting_disk_errors(path, num_bytes if callable(content) else len(content)):
         try:
             with unfinished.open("wb") as file:
                 if callable(content):
                     content(file)
                 else:
-                    file.write(content.encode() if isinstance(content, str) else content)
+                    file.write(content)
                 sync_open_file(file)
             unfinished.replace(path)
         except BaseException:
@@ -86,7 +91,7 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
     """
     free = free_bytes(folder)
     if free < num_bytes + SPARE_BYTES:
-        raise RunFailed(_disk_full(folder, num_bytes + SPARE_BYTES, free))
+        raise RunFailed(disk_full(folder, num_bytes + SPARE_BYTES, free))
 
 
 def free_bytes(path: Path) -> int:
@@ -108,8 +113,14 @@ def reporting_disk_errors(path: Path, num_bytes: int | None = None) -> Iterator[
         # safetensors reports the operating system's errors as text only.
         number = getattr(error, "errno", None) or int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
         if number in DISK_FULL:
-            raise RunFailed(_disk_full(path, num_bytes, free_bytes(path))) from error
+            raise RunFailed(disk_full(path, num_bytes, free_bytes(path))) from error
         raise RunFailed(f"{path} cannot be written: {os.strerror(number) if number else error}") from error
+
+
+def disk_full(path: Path, needed: int | None, free: int, remedy: str = "make room and resume") -> str:
+    """The one line about it."""
+    need = f"{format_bytes(needed)} needed, " if needed is not None else ""
+    return f"disk full at {path}: {need}{format_bytes(free)} free; {remedy}"
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -139,8 +150,3 @@ def sync_folder(folder: Path) -> None:
 def _sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _disk_full(path: Path, needed: int | None, free: int) -> str:
-    need = f"{format_bytes(needed)} needed, " if needed is not None else ""
-    return f"disk full at {path}: {need}{format_bytes(free)} free; make room and resume"

@@ -70,11 +70,13 @@ class PrepareConfig:
     """Speakers that form the test split."""
     seed: int = 42
     """Decides the random splits."""
+    verify: bool = False
+    """Read every byte of the prepared data and name what is damaged; with --corpus, damaged parts are made again."""
 
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         found = []
-        for name in ("corpus", "data_dir"):
+        for name in ("data_dir",) if self.verify else ("corpus", "data_dir"):
             if not getattr(self, name):
                 found.append(f"--{name} is missing: name the {'corpus' if name == 'corpus' else 'output folder'}")
         if self.chunk_size < 1:

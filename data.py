@@ -9,7 +9,6 @@ resume changes the cuts and never the updates.
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -23,8 +22,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from audio import SAMPLE_RATE_HZ
 from errors import UsageError
+from integrity import (
+    Damage,
+    audio_of,
+    check_audio,
+    checked_lengths,
+    damage_of_arrow,
+    read_batch,
+    read_sealed,
+    refusing_other_schema,
+    remake_command,
+)
 from model import draw_masks, num_frames
-from shards import SCHEMA_VERSION
 from stopping import ignore_stop_signals
 from text import TextNormalizer, Vocabulary
 
@@ -49,6 +58,8 @@ class Utterance:
 class ShardDataset(Dataset):
     """All parts of one split, memory-mapped; holds a few numpy arrays and no audio.
 
+    Sizes, schema and the checksum of all columns but the audio are checked here, a row's audio when it is read.
+
     Args:
         folder: `OUT/train`, `OUT/dev` or `OUT/test` as prepare.py wrote it.
 
@@ -62,10 +73,9 @@ class ShardDataset(Dataset):
         self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
         lengths, starts, owners, positions, row = [], [], [], [], 0
         for part in range(len(self._parts)):
-            reader = _open_part(self._parts[part], columns=("num_samples",))
-            for position in range(reader.num_record_batches):
-                with _naming_damage(self._parts[part]):
-                    column = reader.get_batch(position).column("num_samples").to_numpy()
+            with _naming_damage(self._parts[part]):
+                columns = checked_lengths(self._parts[part])
+            for position, column in enumerate(columns):
                 lengths.append(column)
                 starts.append(row)
                 owners.append(part)
@@ -84,11 +94,13 @@ class ShardDataset(Dataset):
     def __getitem__(self, row: int) -> Utterance:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        batch, offset = self._locate(row)
-        audio = batch.column("audio")
-        start, stop = audio.offsets[offset].as_py(), audio.offsets[offset + 1].as_py()
-        samples = audio.values[start:stop].to_numpy(zero_copy_only=True)
-        return Utterance(batch.column("id")[offset].as_py(), samples, batch.column("text")[offset].as_py())
+        part, position, offset = self._locate(row)
+        with _naming_damage(self._parts[part]):
+            batch = read_batch(self._reader(part), position)
+            samples, utterance_id = audio_of(batch, offset), batch.column("id")[offset].as_py()
+            if not check_audio(samples, batch.column("audio_sha256")[offset].as_py()):
+                raise Damage(f"row {utterance_id} of data.arrow: its audio differs from its checksum")
+            return Utterance(utterance_id, samples, batch.column("text")[offset].as_py())
 
     def __getstate__(self) -> dict:
         # Readers hold mapped memory and are opened again by each worker.
@@ -110,7 +122,7 @@ class ShardDataset(Dataset):
         checksums = []
         for part in self._parts:
             with _naming_damage(part):
-                checksums.append(_read_json(part / "part.json")["sha256"])
+                checksums.append(read_sealed(part / "part.json")["sha256"])
         return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
     def column(self, name: str) -> Iterator[str]:
@@ -137,17 +149,18 @@ class ShardDataset(Dataset):
             reader = _open_part(part, columns=(name,))
             for position in range(reader.num_record_batches):
                 with _naming_damage(part):
-                    values = reader.get_batch(position).column(name)
+                    values = read_batch(reader, position).column(name)
                 yield values
 
-    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+    def _locate(self, row: int) -> tuple[int, int, int]:
+        """The part, its record batch and the place in it."""
         batch = int(np.searchsorted(self._batch_starts, row, side="right")) - 1
-        part = int(self._batch_parts[batch])
+        return int(self._batch_parts[batch]), int(self._batch_positions[batch]), row - int(self._batch_starts[batch])
+
+    def _reader(self, part: int) -> pa.ipc.RecordBatchFileReader:
         if part not in self._readers:
             self._readers[part] = _open_part(self._parts[part])
-        with _naming_damage(self._parts[part]):
-            record_batch = self._readers[part].get_batch(int(self._batch_positions[batch]))
-        return record_batch, row - int(self._batch_starts[batch])
+        return self._readers[part]
 
 
 def has_utterances(folder: Path) -> bool:
@@ -156,7 +169,7 @@ def has_utterances(folder: Path) -> bool:
         return False
     for part in _find_parts(folder):
         with _naming_damage(part):
-            if _read_json(part / "part.json")["rows"]:
+            if read_sealed(part / "part.json")["rows"]:
                 return True
     return False
 
@@ -168,11 +181,13 @@ def _find_parts(folder: Path) -> list[Path]:
     if not found and not (data_dir / "prepare.json").exists():
         raise UsageError(f"{folder} holds no prepared data: run python prepare.py --corpus ... --data_dir {data_dir}")
     try:
-        count = int(_read_json(data_dir / "prepare.json")["splits"][folder.name]["parts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with refusing_other_schema(data_dir):
+            count = int(read_sealed(data_dir / "prepare.json")["splits"][folder.name]["parts"])
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{data_dir} is not finished (prepare.json: {error}): run the same prepare.py command again, it goes on "
-            "where it stopped"
+            f"{data_dir} is not finished ({error}): run the same prepare.py command again, it goes on where it stopped"
         ) from error
     expected = [f"part_{number}" for number in range(1, count + 1)]
     missing, extra = [name for name in expected if name not in found], sorted(found - set(expected))
@@ -190,16 +205,6 @@ def _find_parts(folder: Path) -> list[Path]:
 def _open_part(part: Path, columns: tuple[str, ...] | None = None) -> pa.ipc.RecordBatchFileReader:
     """Map `data.arrow`; with `columns`, only those are visible and touched."""
     with _naming_damage(part):
-        facts = _read_json(part / "part.json")
-        if facts["schema_version"] != SCHEMA_VERSION:
-            raise UsageError(
-                f"{part} has schema {facts['schema_version']}, this version reads {SCHEMA_VERSION}: prepare again"
-            )
-        size = (part / "data.arrow").stat().st_size
-        if size != facts["data_bytes"]:
-            raise UsageError(
-                f"{part}/data.arrow has {size} bytes of {facts['data_bytes']}: delete {part}, run prepare.py again"
-            )
         source = pa.memory_map(str(part / "data.arrow"))
         reader = pa.ipc.open_file(source)
         if columns is None:
@@ -208,19 +213,15 @@ def _open_part(part: Path, columns: tuple[str, ...] | None = None) -> pa.ipc.Rec
         return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=included))
 
 
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 @contextlib.contextmanager
 def _naming_damage(part: Path) -> Iterator[None]:
-    """Whatever a damaged file makes the readers raise becomes one line that names the part."""
+    """Whatever is wrong with a file becomes one line that names the part and the command that makes it again."""
+    data_dir = part.parents[1]
     try:
-        yield
-    except UsageError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UsageError(f"{part} is damaged ({error}): delete it and run prepare.py again") from error
+        with refusing_other_schema(data_dir), damage_of_arrow():
+            yield
+    except Damage as damage:
+        raise UsageError(f"{part} is damaged ({damage}): make it again with {remake_command(data_dir)}") from damage
 
 
 @dataclass(frozen=True)

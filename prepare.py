@@ -3,6 +3,7 @@
     python prepare.py --corpus cv-corpus-21.0/en --data_dir data/en
     python prepare.py --corpus manifest.csv --data_dir data/x --split_by speaker --split_fractions 0.8 0.1 0.1
     python prepare.py --corpus digits --data_dir data/digits --test_speakers theo
+    python prepare.py --data_dir data/en --verify
 
 Writes DATA_DIR/{train,dev,test}/part_1, part_2, ... (audio once, as 16 kHz int16; text as found) and dropped.csv with a
 reason for every row left out. Started again, it goes on where it was stopped.
@@ -14,7 +15,7 @@ from errors import RunFailed, UsageError, exit_status
 
 import contextlib
 import csv
-import fcntl
+import dataclasses
 import hashlib
 import importlib.metadata
 import io
@@ -24,8 +25,8 @@ import os
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, TypeVar
 
@@ -33,13 +34,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from atomic import free_bytes, sync_open_file, write_atomically
+from atomic import DISK_FULL, disk_full, format_bytes, free_bytes, sync_open_file, write_atomically
 from audio import RESAMPLING, SAMPLE_RATE_HZ, Clip, ClipError, ClipPool, ClipRequest
 from config import PrepareConfig, parse_arguments
 from corpora import DROP_REASONS, SPLITS, AudioLocator, Corpus, SourceRow, open_corpus
 from demo import make_demo_corpus
+from integrity import (
+    SCHEMA_VERSION,
+    Damage,
+    checked_lengths,
+    find_damage,
+    hash_file,
+    part_folders,
+    read_sealed,
+    refusing_other_schema,
+    sealed,
+    verify,
+    write_sealed,
+)
+from lock import only_process_in
 from progress import Progress
-from shards import SCHEMA_VERSION, PartWriter, new_part, part_folders, remove_unfinished_parts
+from shards import PartWriter, new_part, remove_unfinished_parts
 from splits import SplitPlan, plan_splits, stable_hash
 
 PROBED_CLIPS = 200
@@ -56,19 +71,27 @@ PACKAGES = ("torch", "torchaudio", "soundfile", "pyarrow", "numpy")
 
 def main() -> None:
     """The command."""
-    prepare(parse_arguments(PrepareConfig, sys.argv[1:], __doc__))
+    config = parse_arguments(PrepareConfig, sys.argv[1:], __doc__)
+    if config.corpus:
+        prepare(config)
+    else:
+        verify(Path(config.data_dir))
 
 
-def prepare(config: PrepareConfig) -> None:
-    """Read, split, decode and write a corpus; finished parts are kept and checked.
+def prepare(config: PrepareConfig, is_waiting: bool = False) -> None:
+    """Read, split, decode and write a corpus; finished parts are kept and checked, damaged ones are made again.
+
+    Args:
+        config: the settings.
+        is_waiting: wait for another prepare.py in the same folder instead of being refused.
 
     Raises:
-        UsageError: the corpus or the settings are refused; nothing was written.
+        UsageError: the corpus or the settings are refused, or another process is at it; nothing was written.
         RunFailed: stopped on the way; finished parts stay, and the same command goes on.
     """
     out = Path(config.data_dir)
     _refuse_foreign_folder(out)
-    with ClipPool(_num_workers(config.num_workers)) as pool:
+    with only_process_in(out, is_waiting), ClipPool(_num_workers(config.num_workers)) as pool:
         if config.corpus == "demo" and not (out / "prepare.json").exists():
             pool.warm_up()  # beside the synthesis
         corpus = _open(config, out)
@@ -83,6 +106,7 @@ def prepare(config: PrepareConfig) -> None:
             AudioLocator(corpus.folder, config.audio_root),
             config.chunk_size,
             _settings(config, scan),
+            _damage_by_reading if config.verify else _damage_at_a_glance,
         )
         print(f"{config.corpus}: {corpus.kind}, {scan.describe()}", flush=True)
         for note in (*corpus.notes, *plan.notes, *scan.notes()):
@@ -92,13 +116,26 @@ def prepare(config: PrepareConfig) -> None:
             job.probe(out, pool, missing_rows)
         else:
             print("every part is there already", flush=True)
-        with _output_folder(out):
+        with _saying_what_stays(out):
+            remove_unfinished_parts(out)
             if missing_rows:
                 job.write_parts(out, pool, missing_rows)
-            _write_dropped(out)
-            facts = {"schema_version": SCHEMA_VERSION, "settings": job.settings, "versions": _versions()}
-            write_atomically(out / "prepare.json", json.dumps(facts | {"splits": _split_facts(out)}, indent=1))
+            _finish(out, config, job.settings)
     print(_summary(out), flush=True)
+
+
+def _finish(out: Path, config: PrepareConfig, settings: dict) -> None:
+    """dropped.csv, and prepare.json, the mark of a finished set."""
+    _write_dropped(out)
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "settings": settings,
+        "flags": _flags(config),
+        "versions": _versions(),
+        "dropped_sha256": hash_file(out / "dropped.csv"),
+        "splits": _split_facts(out),
+    }
+    write_atomically(out / "prepare.json", sealed(facts))
 
 
 # What decoding gave; None for a row that was turned down before.
@@ -127,7 +164,13 @@ class _Scan:
 
 @dataclass
 class _Job:
-    """One corpus on its way to one output folder; `state` is the corpus's when it was scanned."""
+    """One corpus on its way to one output folder.
+
+    Attributes:
+        state: of the corpus when it was scanned.
+        find_damage: what is wrong with a finished part.
+        damaged: parts to be made again.
+    """
 
     corpus: Corpus
     state: int
@@ -135,16 +178,20 @@ class _Job:
     locator: AudioLocator
     chunk_size: int
     settings: dict
+    find_damage: Callable[[Path], list[str]]
+    damaged: set[Path] = field(default_factory=set)
 
     def check_existing(self, out: Path) -> int:
         """Compare finished parts with the settings and the corpus; the number of rows that are still to be prepared.
 
+        A damaged part is named and counts as missing.
+
         Raises:
-            UsageError: another corpus or other settings made them, or a file is damaged.
+            UsageError: another corpus, other settings or another version of this program made them.
         """
         missing_rows = 0
         if (out / "prepare.json").exists():
-            _check_settings(out, _read_json(out / "prepare.json").get("settings", {}), self.settings)
+            self._check_facts(out, out / "prepare.json")
         rows_to_read = {split: self._rows_to_last_part(out, split) for split in SPLITS}
         if not any(rows_to_read.values()):
             return sum(self.scan.rows.values())
@@ -154,6 +201,7 @@ class _Job:
                 for folder, rows, items, fingerprint in self._parts(out, split):
                     if folder.exists():
                         self._check_part(out, folder, _counted(items, progress), fingerprint)
+                        missing_rows += rows if folder in self.damaged else 0
                     else:
                         missing_rows += rows
                         if rows_left > 0:  # behind these rows lies a finished part
@@ -162,17 +210,28 @@ class _Job:
         return missing_rows
 
     def _check_part(self, out: Path, folder: Path, items: Iterator, fingerprint: "hashlib._Hash") -> None:
-        facts = _read_json(folder / "part.json")
-        _check_settings(out, facts.get("settings", {}), self.settings)
+        facts = self._check_facts(out, folder / "part.json")
         _use_up(items)
-        if facts["source_fingerprint"] != fingerprint.hexdigest():
+        if facts and facts["source_fingerprint"] != fingerprint.hexdigest():
             raise UsageError(
                 f"{folder} was made from other rows or files than the corpus holds now: "
                 f"use another --data_dir, or delete {out} to prepare it again"
             )
-        data = folder / "data.arrow"
-        if not data.exists() or data.stat().st_size != facts["data_bytes"]:
-            raise UsageError(f"{data} is damaged: delete {folder} and run the same command again")
+        damage = self.find_damage(folder)
+        for what in damage:
+            print(f"damaged, will be made again: {folder}: {what}", flush=True)
+        if damage:
+            self.damaged.add(folder)
+
+    def _check_facts(self, out: Path, path: Path) -> dict:
+        """The facts of prepare.json or part.json, which must agree with the settings; none where it is damaged."""
+        try:
+            with refusing_other_schema(out):
+                facts = read_sealed(path)
+        except Damage:
+            return {}
+        _check_settings(out, facts["settings"], self.settings)
+        return facts
 
     def probe(self, out: Path, pool: ClipPool, missing_rows: int) -> None:
         """Decode the first clips and throw them away: do they decode, and will they fit on the disk?
@@ -199,15 +258,15 @@ class _Job:
             raise UsageError(
                 f"{bad} of the first {total} clips cannot be used, mostly {reason} ({meaning}; {example}): {remedy}"
             )
-        bytes_needed = DISK_MARGIN * BYTES_PER_SAMPLE * missing_rows * sum(num_samples) / max(len(num_samples), 1)
-        _check_disk(out, bytes_needed)
+        seconds_per_row = sum(num_samples) / SAMPLE_RATE_HZ / max(len(num_samples), 1)
+        _check_disk(out, _bytes_of_audio(missing_rows * seconds_per_row))
 
     def write_parts(self, out: Path, pool: ClipPool, missing_rows: int) -> None:
-        """Write every part that is not there yet."""
+        """Write every part that is not there yet, and in the place of a damaged one its like."""
         with Progress("preparing", missing_rows, "clips") as progress:
             for split in SPLITS:
                 for folder, rows, items, fingerprint in self._parts(out, split):
-                    if folder.exists():
+                    if folder.exists() and folder not in self.damaged:
                         with Progress(f"passing over {split}/{folder.name}", rows, "rows") as passing:
                             _use_up(_counted(items, passing))  # keeps track of the ids
                     else:
@@ -220,17 +279,27 @@ class _Job:
         fingerprint: "hashlib._Hash",
         progress: Progress,
     ) -> None:
-        with new_part(folder) as unfinished:
-            with (unfinished / "data.arrow").open("wb") as file:
-                facts = self._write_rows(file, results, progress)
-                sync_open_file(file)
-            facts |= {
-                "schema_version": SCHEMA_VERSION,
-                "source_fingerprint": fingerprint.hexdigest(),
-                "settings_fingerprint": _fingerprint(self.settings),
-                "settings": self.settings,
-            }
-            write_atomically(unfinished / "part.json", json.dumps(facts, indent=1, ensure_ascii=False))
+        seconds_before = progress.audio_seconds
+        try:
+            with new_part(folder) as unfinished:
+                with (unfinished / "data.arrow").open("wb") as file:
+                    facts = self._write_rows(file, results, progress)
+                    sync_open_file(file)
+                facts |= {
+                    "schema_version": SCHEMA_VERSION,
+                    "source_fingerprint": fingerprint.hexdigest(),
+                    "settings_fingerprint": _fingerprint(self.settings),
+                    "settings": self.settings,
+                }
+                write_sealed(unfinished / "part.json", facts)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            # This part's audio so far, and for each row that is left as much as the rows of this run had.
+            seconds = progress.audio_seconds - seconds_before
+            seconds += progress.audio_seconds / max(progress.done, 1) * (progress.total - progress.done)
+            remedy = "finished parts are kept, make room and run the same command again to go on"
+            raise RunFailed(disk_full(folder, _bytes_of_audio(seconds), free_bytes(folder), remedy)) from error
 
     def _write_rows(
         self, file: io.BufferedWriter, results: Iterator[tuple["_Judged", _Outcome]], progress: Progress
@@ -239,11 +308,11 @@ class _Job:
         for judged, result in results:
             source_rows += 1
             error = judged.error or (result if isinstance(result, ClipError) else None)
+            progress.advance(1, 0.0 if error else len(result.samples) / SAMPLE_RATE_HZ)
             if error is None:
                 writer.add(judged.row, result)
             else:
                 dropped.append({"id": judged.row.id, "reason": error.reason, "detail": error.detail})
-            progress.advance(1, 0.0 if error else len(result.samples) / SAMPLE_RATE_HZ)
         return writer.finish() | {"source_rows": source_rows, "dropped": dropped}
 
     def _parts(self, out: Path, split: str) -> Iterator[tuple[Path, int, Iterator, "hashlib._Hash"]]:
@@ -389,6 +458,17 @@ def _settings(config: PrepareConfig, scan: _Scan) -> dict:
     }
 
 
+def _flags(config: PrepareConfig) -> list[str]:
+    """The command line that gives these settings, but for what does not change the parts, and the output folder."""
+    flags = []
+    for default in dataclasses.fields(PrepareConfig):
+        value = getattr(config, default.name)
+        if default.name in ("data_dir", "num_workers", "verify") or value == getattr(PrepareConfig(), default.name):
+            continue
+        flags += [f"--{default.name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
 def _check_settings(out: Path, found: dict, wanted: dict) -> None:
     differing = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
     if differing:
@@ -407,12 +487,17 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise UsageError(f"--data_dir {out} holds other files ({min(names)}, ...): name a new or empty folder")
 
 
-def _check_disk(out: Path, bytes_needed: float) -> None:
+def _bytes_of_audio(seconds: float) -> int:
+    """Room for prepared audio, with a margin."""
+    return int(DISK_MARGIN * BYTES_PER_SAMPLE * SAMPLE_RATE_HZ * seconds)
+
+
+def _check_disk(out: Path, bytes_needed: int) -> None:
     free = free_bytes(out)
     if bytes_needed > free:
         raise UsageError(
-            f"--data_dir {out} needs about {bytes_needed / 1e9:.1f} GB (estimated from the first clips), "
-            f"{free / 1e9:.1f} GB are free: free some, or name a folder on another disk"
+            f"--data_dir {out} needs about {format_bytes(bytes_needed)} (estimated from the first clips), "
+            f"{format_bytes(free)} are free: free some, or name a folder on another disk"
         )
 
 
@@ -431,29 +516,27 @@ def _num_workers(num_workers: int) -> int:
 
 
 @contextlib.contextmanager
-def _output_folder(out: Path) -> Iterator[None]:
-    """The output folder, ours alone, rid of what a killed run left; a full disk becomes one line."""
+def _saying_what_stays(out: Path) -> Iterator[None]:
+    """What stops the writing becomes one line."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UsageError(f"--data_dir {out} cannot be written: {error.strerror}: name another folder") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"another prepare.py is writing to {out}: wait for it, or name another folder") from None
-        except OSError:
-            print(f"note: {out} is on a file system without locks: run one prepare.py at a time", flush=True)
-        remove_unfinished_parts(out)
         yield
-    except OSError as error:
-        raise RunFailed(
-            f"{error.filename or out}: {error.strerror or error}; finished parts are kept, "
-            "run the same command again to go on"
-        ) from error
-    finally:
-        os.close(lock)
+    except (OSError, Damage) as error:
+        path, reason = getattr(error, "filename", None) or out, getattr(error, "strerror", None) or error
+        raise RunFailed(f"{path}: {reason}; finished parts are kept, run the same command again to go on") from error
+
+
+def _damage_at_a_glance(folder: Path) -> list[str]:
+    """What is wrong with a part, without reading its audio."""
+    try:
+        checked_lengths(folder)
+    except Damage as damage:
+        return [str(damage)]
+    return []
+
+
+def _damage_by_reading(folder: Path) -> list[str]:
+    """What is wrong with a part, every byte read."""
+    return [what for _, what in find_damage([folder])]
 
 
 def _add_row(fingerprint: "hashlib._Hash", row: SourceRow, source_bytes: int, mtime_ns: int) -> None:
@@ -465,15 +548,6 @@ def _fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read ({error}): delete {path.parent} and run the same command again"
-        ) from None
-
-
 def _write_dropped(out: Path) -> None:
     def write_rows(file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -481,11 +555,13 @@ def _write_dropped(out: Path) -> None:
         writer.writerow(("split", "id", "reason", "detail"))
         for split in SPLITS:
             for folder in part_folders(out, split):
-                for entry in _read_json(folder / "part.json")["dropped"]:
+                for entry in read_sealed(folder / "part.json")["dropped"]:
                     writer.writerow((split, entry["id"], entry["reason"], entry["detail"]))
         text.detach()  # flushes, and leaves the file open
 
-    write_atomically(out / "dropped.csv", write_rows)
+    # The reasons stand in part.json too, in more words.
+    num_bytes = sum((folder / "part.json").stat().st_size for split in SPLITS for folder in part_folders(out, split))
+    write_atomically(out / "dropped.csv", write_rows, num_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -499,7 +575,7 @@ def _versions() -> dict[str, str]:
 def _split_facts(out: Path) -> dict[str, dict]:
     facts = {}
     for split in SPLITS:
-        parts = [_read_json(folder / "part.json") for folder in part_folders(out, split)]
+        parts = [read_sealed(folder / "part.json") for folder in part_folders(out, split)]
         reasons = Counter(entry["reason"] for part in parts for entry in part["dropped"])
         facts[split] = {
             "parts": len(parts),
@@ -511,7 +587,7 @@ def _split_facts(out: Path) -> dict[str, dict]:
 
 
 def _summary(out: Path) -> str:
-    facts = _read_json(out / "prepare.json")["splits"]
+    facts = read_sealed(out / "prepare.json")["splits"]
     lines = ["", f"{'split':<7}{'hours':>9}{'clips':>11}{'speakers':>10}{'dropped':>9}{'parts':>7}"]
     histograms = {}
     for split in SPLITS:

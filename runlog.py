@@ -194,7 +194,9 @@ def draw_training_curve(log: "pandas.DataFrame", path: Path, title: str = "") ->
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     if title:
         figure.suptitle(title, fontsize=13)
-    write_atomically(path, lambda file: figure.savefig(file, format="png"))
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_atomically(path, png.getvalue())
 
 
 def describe_environment(project: Path, data_fingerprint: str, launcher: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 A part is a folder of the prepared data:
 
     DATA_DIR/train/part_1/data.arrow   Arrow IPC file, a row per utterance, its int16 audio included
-                          part.json    rows, seconds, checksum, schema version, what it was made from, what was dropped
+                          part.json    rows, seconds, checksums, schema version, what it was made from, what was dropped
 
-Parts are read memory-mapped (data.py). Nothing here imports torch.
+Parts are read memory-mapped (data.py) and checked by integrity.py. Nothing here imports torch.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ import pyarrow as pa
 
 from atomic import sync_folder
 from audio import SAMPLE_RATE_HZ, Measures
+from integrity import hash_index
 
 if TYPE_CHECKING:
     from audio import Clip
     from corpora import SourceRow
 
-SCHEMA_VERSION = 2
 MEASURE_COLUMNS = tuple(field.name for field in fields(Measures))
 # A record batch is what the writer holds in memory: 16 MB of audio.
 MAX_BATCH_ROWS = 128
@@ -36,11 +36,16 @@ MAX_BATCH_SAMPLES = 8_000_000
 
 @contextlib.contextmanager
 def new_part(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes the part `folder` when the block ends, and is removed when it fails."""
+    """A folder to fill, which becomes the part `folder` when the block ends, and is removed when it fails.
+
+    A damaged part of that name stays until the new one is whole.
+    """
     unfinished = folder.with_name(f".{folder.name}.tmp")
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
+        if folder.exists():
+            shutil.rmtree(folder)
         unfinished.rename(folder)
     except BaseException:
         # A full disk gets its room back; what SIGKILL leaves is removed by the next run.
@@ -55,17 +60,13 @@ def remove_unfinished_parts(data_dir: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def part_folders(data_dir: Path, split: str) -> list[Path]:
-    """Finished parts of a split in their order."""
-    return sorted((data_dir / split).glob("part_*"), key=lambda folder: int(folder.name.removeprefix("part_")))
-
-
 class PartWriter:
     """Writes data.arrow into an open file batch by batch, hashing as it goes."""
 
     def __init__(self, file: io.BufferedWriter, metadata_columns: list[str]) -> None:
         self._metadata_columns = metadata_columns
         self._sink = _HashingFile(file)
+        self._index = hashlib.sha256()
         self._schema = part_schema(metadata_columns)
         self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
         self._batch: list[tuple[SourceRow, Clip]] = []
@@ -87,6 +88,7 @@ class PartWriter:
             "seconds": self._samples / SAMPLE_RATE_HZ,
             "data_bytes": self._sink.num_bytes,
             "sha256": self._sink.sha256.hexdigest(),
+            "index_sha256": self._index.hexdigest(),
         }
 
     def _write_batch(self) -> None:
@@ -107,7 +109,9 @@ class PartWriter:
             pa.array([clip.audio_sha256 for clip in clips], pa.string()),
             *(pa.array([row.metadata.get(name, "") for row in rows], pa.string()) for name in self._metadata_columns),
         ]
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        batch = pa.record_batch(columns, schema=self._schema)
+        hash_index(self._index, batch)
+        self._writer.write_batch(batch)
         self._rows += len(rows)
         self._samples += self._batch_samples
         self._batch, self._batch_samples = [], 0

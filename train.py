@@ -342,7 +342,8 @@ def prepare_demo(config: TrainConfig, accelerator: Accelerator) -> None:
     from prepare import prepare
 
     if accelerator.is_local_main_process:
-        prepare(PrepareConfig(corpus="demo", data_dir=config.data_dir))
+        # Hosts may share the folder: one of them makes it, the others wait and find it.
+        prepare(PrepareConfig(corpus="demo", data_dir=config.data_dir), is_waiting=True)
     accelerator.wait_for_everyone()
 
 

@@ -9,7 +9,6 @@ model's two passes. Both runs are started from the shell; the time to import the
 
 import argparse
 import hashlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,8 @@ import yaml
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from shards import SCHEMA_VERSION, part_schema  # noqa: E402
+from integrity import SCHEMA_VERSION, hash_index, write_sealed  # noqa: E402
+from shards import part_schema  # noqa: E402
 
 CHUNK_SIZE = 10_000
 ROWS_PER_BATCH = 128
@@ -86,17 +86,19 @@ def write_set(data_dir: Path, sizes: dict[str, int]) -> None:
             write_part(data_dir / split / f"part_{number}", split, start, rows, words, rng)
         parts[split] = {"parts": len(starts)}
     parts["test"] = {"parts": 0}
-    (data_dir / "prepare.json").write_text(json.dumps({"splits": parts}))
+    write_sealed(data_dir / "prepare.json", {"schema_version": SCHEMA_VERSION, "flags": [], "splits": parts})
 
 
 def write_part(folder: Path, split: str, first: int, rows: int, words: list[str], rng: np.random.Generator) -> None:
     """One part whose utterances have a length and no audio."""
     folder.mkdir(parents=True)
-    schema = part_schema([])
+    schema, index = part_schema([]), hashlib.sha256()
     with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for start in range(first, first + rows, ROWS_PER_BATCH):
             count = min(ROWS_PER_BATCH, first + rows - start)
-            writer.write_batch(pa.record_batch(columns(schema, split, start, count, words, rng), schema=schema))
+            batch = pa.record_batch(columns(schema, split, start, count, words, rng), schema=schema)
+            hash_index(index, batch)
+            writer.write_batch(batch)
     data = (folder / "data.arrow").read_bytes()
     facts = {
         "schema_version": SCHEMA_VERSION,
@@ -104,8 +106,9 @@ def write_part(folder: Path, split: str, first: int, rows: int, words: list[str]
         "seconds": rows * MEAN_SECONDS,
         "data_bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
+        "index_sha256": index.hexdigest(),
     }
-    (folder / "part.json").write_text(json.dumps(facts))
+    write_sealed(folder / "part.json", facts)
 
 
 def columns(

@@ -1,7 +1,7 @@
 """Fixtures: small prepared sets without a synthesiser, tiny models, and where real speech lies."""
 
+import contextlib
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +16,8 @@ from accelerate.utils import DistributedType, DynamoBackend
 
 from audio import SAMPLE_RATE_HZ, Clip, measure
 from corpora import SourceRow
-from shards import SCHEMA_VERSION, PartWriter
+from integrity import SCHEMA_VERSION, sealed
+from shards import PartWriter
 
 REPOSITORY = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -90,11 +91,12 @@ def write_part(folder: Path, rows: Sequence[tuple[str, np.ndarray, str, str]], r
             if number % rows_per_batch == 0:
                 writer._write_batch()
         facts = writer.finish() | {"schema_version": SCHEMA_VERSION}
-    (folder / "part.json").write_text(json.dumps(facts))
+    (folder / "part.json").write_text(sealed(facts))
     # prepare.py's mark of a finished preparation, with the parts of each split.
     data_dir = folder.parents[1]
     parts = {split: {"parts": len(list((data_dir / split).glob("part_*")))} for split in ("train", "dev", "test")}
-    (data_dir / "prepare.json").write_text(json.dumps({"splits": parts}))
+    facts = {"schema_version": SCHEMA_VERSION, "flags": ["--corpus", "corpus"], "splits": parts}
+    (data_dir / "prepare.json").write_text(sealed(facts))
 
 
 def make_rows(
@@ -126,13 +128,44 @@ def prepared(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 20 MiB; skips where it cannot be mounted."""
-    folder = tmp_path / "small_disk"
+    with mounted(tmp_path / "small_disk", "size=20m") as folder:
+        yield folder
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk that even root cannot write to (trap 36); skips where it cannot be mounted."""
+    with mounted(tmp_path / "read_only_disk", "ro") as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A tmpfs: mounted at `folder` by root, else in a namespace of its own that is seen through /proc."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if shutil.which("mount") is None or shutil.which("unshare") is None:
+        pytest.skip("mounting a tmpfs needs the programs mount and unshare")
+    if subprocess.run(mount, capture_output=True).returncode == 0:
+        yield folder
+        subprocess.run(["umount", str(folder)], check=True)
+        return
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", '"$@" && echo mounted && exec cat', "sh"]
+    with subprocess.Popen([*inside, *mount], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        if holder.stdout.readline() != "mounted\n":
+            pytest.skip("mounting a tmpfs needs root or user namespaces")
+        yield Path(f"/proc/{holder.pid}/root{folder}")
+        holder.stdin.close()
+
+
+def fill(disk: Path, bytes_left: int = 0) -> Path:
+    """Write a file until the disk is full but for `bytes_left`; its path, to make room again."""
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    os.truncate(filler, filler.stat().st_size - bytes_left)
+    return filler
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def test_failed_atomic_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_full_disk_keeps_the_old_file(small_disk: Path) -> None:
     write_atomically(small_disk / "plot.png", b"old")
-    with pytest.raises(RunFailed, match=r"disk full at .*plot.png: 2\d\.\d MB free"):
+    with pytest.raises(RunFailed, match=r"disk full at .*plot.png: 22.0 MB needed, 2\d\.\d MB free"):
         write_atomically(small_disk / "plot.png", bytes(22_000_000))
     assert names(small_disk) == ["plot.png"]
     assert (small_disk / "plot.png").read_bytes() == b"old"
@@ -110,7 +110,7 @@ def test_bytes_as_text(num_bytes: float, text: str) -> None:
     assert format_bytes(num_bytes) == text
 
 
-@pytest.mark.parametrize("module", ["atomic", "shards", "prepare"])
+@pytest.mark.parametrize("module", ["atomic", "shards", "integrity", "prepare"])
 def test_no_torch(module: str) -> None:
     """prepare.py starts in a second, and its main process stays small."""
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"

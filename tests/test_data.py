@@ -1,8 +1,9 @@
 """Shards as a dataset, the plan of updates and its cuts, and padding against transformers."""
 
-import json
+import hashlib
 import math
 import pickle
+import re
 import shutil
 import sys
 import tracemalloc
@@ -33,6 +34,7 @@ from data import (
     training_loader,
 )
 from errors import UsageError
+from integrity import find_damage, hash_index, read_sealed, write_sealed
 from model import num_frames
 from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer
 
@@ -136,19 +138,23 @@ def test_promise_6_the_index_of_200_000_rows_is_a_few_numpy_arrays(tmp_path: Pat
     part = tmp_path / "data" / "train" / "part_1"
     write_part(part, [])
     schema = pa.ipc.open_file(pa.py_buffer((part / "data.arrow").read_bytes())).schema
-    names = [f"clip {index}" for index in range(per_batch)]
+    names, index = [f"clip {number}" for number in range(per_batch)], hashlib.sha256()
+    one_sample = hashlib.sha256(bytes(2)).hexdigest()
     audio = pa.LargeListArray.from_arrays(pa.array(np.arange(per_batch + 1)), pa.array(np.zeros(per_batch, np.int16)))
     with pa.OSFile(str(part / "data.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for start in range(0, count, per_batch):
             rows = min(per_batch, count - start)
             lengths = pa.array(np.arange(start, start + rows, dtype=np.int32))
             columns = {"audio": audio.slice(0, rows), "num_samples": lengths}
+            columns["audio_sha256"] = pa.array([one_sample] * rows)
             for field in schema:
                 if field.name not in columns:
                     filling = names[:rows] if field.type == pa.string() else np.zeros(rows)
                     columns[field.name] = pa.array(filling, field.type)
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-    edit_facts(part, data_bytes=(part / "data.arrow").stat().st_size)
+            batch = pa.record_batch(columns, schema=schema)
+            hash_index(index, batch)
+            writer.write_batch(batch)
+    edit_facts(part, data_bytes=(part / "data.arrow").stat().st_size, index_sha256=index.hexdigest())
 
     tracemalloc.start()
     dataset = ShardDataset(part.parent)
@@ -163,8 +169,9 @@ def test_promise_6_the_index_of_200_000_rows_is_a_few_numpy_arrays(tmp_path: Pat
 
 
 def edit_facts(part: Path, **changes: object) -> None:
-    facts = json.loads((part / "part.json").read_text()) | changes
-    (part / "part.json").write_text(json.dumps({name: value for name, value in facts.items() if value is not None}))
+    """Other facts under a seal that agrees with them; None takes one out."""
+    facts = read_sealed(part / "part.json") | changes
+    write_sealed(part / "part.json", {name: value for name, value in facts.items() if value is not None})
 
 
 def truncate(part: Path) -> None:
@@ -181,6 +188,12 @@ def overwrite(part: Path, place: int, size: int = 64) -> None:
     data = bytearray((part / "data.arrow").read_bytes())
     data[place : place + size] = b"\xff" * size
     (part / "data.arrow").write_bytes(bytes(data))
+
+
+def replace_bytes(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
 
 
 def first_batch(part: Path) -> int:
@@ -206,10 +219,17 @@ DAMAGES: dict[str, tuple[Mutate, str]] = {
     "JSON of another kind": (lambda part: (part / "part.json").write_text("[1]"), "damaged"),
     "not text": (lambda part: (part / "part.json").write_bytes(b"\xff\xfe\x00"), "damaged"),
     "an older schema": (
-        lambda part: edit_facts(part, schema_version=1),
-        "schema 1, this version reads 2: prepare again",
+        lambda part: edit_facts(part, schema_version=2),
+        "schema 2, this version reads 3.*: prepare the corpus again",
     ),
-    "a newer schema": (lambda part: edit_facts(part, schema_version=3), "schema 3, this version reads 2"),
+    "a newer schema": (lambda part: edit_facts(part, schema_version=4), "schema 4, this version reads 3"),
+    "a number changed": (
+        lambda part: (part / "part.json").write_text(
+            (part / "part.json").read_text().replace('"rows": 5', '"rows": 6')
+        ),
+        "part.json differs from its checksum",
+    ),
+    "another text": (lambda part: replace_bytes(part / "data.arrow", b"u1_9", b"u1_7"), "ids, texts or lengths differ"),
     "no schema version": (lambda part: edit_facts(part, schema_version=None), "damaged"),
     "no column of lengths": (lambda part: without_column(part, "num_samples"), "num_samples"),
     "bad metadata of a record batch": (lambda part: overwrite(part, first_batch(part)), "damaged"),
@@ -223,16 +243,55 @@ def test_a_damaged_part_is_refused_in_one_line_that_names_it(prepared: Path, dam
     mutate(prepared / "train" / "part_2")
     with pytest.raises(UsageError, match=message) as refused:
         ShardDataset(prepared / "train")
-    assert str(prepared / "train" / "part_2") in str(refused.value)
+    named = prepared if "er schema" in damage else prepared / "train" / "part_2"
+    assert str(named) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_damage_names_the_command_that_mends_it(prepared: Path) -> None:
+    truncate(prepared / "train" / "part_2")
+    command = f"make it again with python prepare.py --corpus corpus --data_dir {prepared} --verify"
+    with pytest.raises(UsageError, match=re.escape(command)):
+        ShardDataset(prepared / "train")
+
+
+def test_whatever_byte_is_damaged_no_other_row_is_read(prepared: Path) -> None:
+    """At the start or when the row is read: refused by name, or else every row is as it was; --verify finds all."""
+    part = prepared / "dev" / "part_1"
+    data = (part / "data.arrow").read_bytes()
+    dataset = ShardDataset(part.parent)
+    expected = [(one.id, one.audio.tobytes(), one.text) for one in map(dataset.__getitem__, range(5))]
+    rng, refused = np.random.default_rng(0), Counter()
+    # Most bytes are audio; the places that matter more lie at both ends of the file and of its columns.
+    places = [*rng.integers(0, len(data), 100), *range(0, 2_000, 23), *range(len(data) - 4_000, len(data), 37)]
+    for place in places:
+        with (part / "data.arrow").open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([data[place] ^ (1 << rng.integers(8))]))
+        where = "start"
+        try:
+            dataset = ShardDataset(part.parent)
+            where = "row"
+            found = [(one.id, one.audio.tobytes(), one.text) for one in map(dataset.__getitem__, range(5))]
+            assert found == expected
+            where = "nowhere"
+        except UsageError as error:
+            assert f"{part} is damaged (" in str(error)
+        refused[where] += 1
+        assert list(find_damage([part])), place
+        with (part / "data.arrow").open("r+b") as file:
+            file.seek(place)
+            file.write(data[place : place + 1])
+    assert list(find_damage([part])) == []
+    assert refused["row"] > 50 and refused["start"] > 20, refused
 
 
 def test_a_part_that_lacks_a_column_or_its_checksum_is_named(prepared: Path) -> None:
     without_column(prepared / "train" / "part_2", "speaker")
-    edit_facts(prepared / "train" / "part_1", sha256=None)
-    dataset = ShardDataset(prepared / "train")
-    with pytest.raises(UsageError, match=r"part_2 is damaged.*speaker"):
-        list(dataset.column("speaker"))
+    with pytest.raises(UsageError, match=r"part_2 is damaged.*ids, texts or lengths differ"):
+        ShardDataset(prepared / "train")
+    dataset = ShardDataset(prepared / "dev")
+    edit_facts(prepared / "dev" / "part_1", sha256=None)
     with pytest.raises(UsageError, match=r"part_1 is damaged.*sha256"):
         _ = dataset.fingerprint
 
@@ -248,8 +307,22 @@ def test_damage_behind_the_lengths_is_named_when_its_row_is_read(prepared: Path,
         file.write(b"\xff" * 64)
     cut = CutSettings(rank=0, num_processes=1, max_utterances=2)
     loader = evaluation_loader(dataset, np.arange(13), make_collator(), cut, num_workers)
-    with pytest.raises(UsageError, match=r"part_2 is damaged.*delete it and run prepare.py again"):
+    with pytest.raises(UsageError, match=r"part_2 is damaged.*: make it again with python prepare.py"):
         list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_row_whose_audio_was_damaged_meanwhile_is_named(prepared: Path, num_workers: int) -> None:
+    part, dataset = prepared / "train" / "part_2", ShardDataset(prepared / "train")
+    place = (part / "data.arrow").read_bytes().index(dataset[9].audio.tobytes()) + 1_001
+    with (part / "data.arrow").open("r+b") as file:
+        file.seek(place)
+        file.write(b"\x55\xaa")
+    cut = CutSettings(rank=0, num_processes=1, max_utterances=2)
+    others = np.array([row for row in range(13) if row != 9])
+    list(evaluation_loader(dataset, others, make_collator(), cut, num_workers))
+    with pytest.raises(UsageError, match=r"part_2 is damaged \(row u1_9 of data.arrow: its audio differs.*--verify"):
+        list(evaluation_loader(dataset, np.array([8, 9]), make_collator(), cut, num_workers))
 
 
 def test_an_unknown_column_is_refused_with_the_known_ones(prepared: Path) -> None:
@@ -263,9 +336,9 @@ def rename_part(old: str, new: str) -> Mutate:
 
 def set_parts(count: object) -> Mutate:
     def change(split: Path) -> None:
-        facts = json.loads((split.parent / "prepare.json").read_text())
+        facts = read_sealed(split.parent / "prepare.json")
         facts["splits"][split.name]["parts"] = count
-        (split.parent / "prepare.json").write_text(json.dumps(facts))
+        write_sealed(split.parent / "prepare.json", facts)
 
     return change
 
