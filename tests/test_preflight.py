@@ -60,7 +60,9 @@ def command_of(main: Callable[[], None], name: str, monkeypatch: pytest.MonkeyPa
 def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:
     """preflight.json, and its findings by check."""
     report = json.loads((folder / "preflight.json").read_text())
-    return report, {finding["check"]: finding for finding in report["findings"]}
+    findings = {finding["check"]: finding for finding in report["findings"]}
+    assert len(findings) == len(report["findings"]), "two findings share a name"
+    return report, findings
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
