@@ -36,8 +36,6 @@ CONTROL_GROUPS = (
 )
 # Above this share of a limit the heap gives back what it keeps before a pass.
 HEAP_SHARE = 0.8
-# What is run first without a GPU.
-PIECES_OF_A_CLIP, SHORT_CLIP_SECONDS = 4, 20
 CLEAR_PEAK = "5"  # man 5 proc: what clear_refs takes to reset VmHWM
 
 
@@ -52,18 +50,6 @@ class Shape:
     def padded_samples(self) -> int:
         """What grows the memory of everything but attention."""
         return self.rows * self.samples
-
-    @property
-    def part(self) -> "Shape":
-        """A part that needs a `parts`-th of the memory, or less: one row, or a piece of the only row."""
-        return Shape(1, self.samples if self.rows > 1 else self.samples // self.parts)
-
-    @property
-    def parts(self) -> int:
-        """How many parts make the whole; a single short row is not worth dividing."""
-        if self.rows > 1:
-            return self.rows
-        return PIECES_OF_A_CLIP if self.samples > SHORT_CLIP_SECONDS * SAMPLE_RATE_HZ else 1
 
     def __str__(self) -> str:
         return f"{self.rows} x {self.samples / SAMPLE_RATE_HZ:.1f} s"
@@ -182,21 +168,10 @@ class Probe:
 def probe(passes: Passes, shape: Shape, is_training: bool, limit_bytes: float) -> Probe:
     """Run one batch as the run would, and leave weights, moments, scaler, gradients and random state as they were.
 
-    A batch that cannot fit by its size alone is not run. Without a GPU the kernel kills a process that asks for too
-    much: there a part of the batch is run first, and the whole only if so many times its memory would fit.
+    A batch that cannot fit by its size alone is not run.
     """
     if passes.least_bytes(shape) > limit_bytes:
         return Probe(shape, passes.least_bytes(shape), fits=False)
-    if passes.device.type != "cuda" and shape.parts > 1:
-        base = used_bytes(passes.device)
-        part = _run(passes, shape.part, is_training, limit_bytes)
-        expected = base + shape.parts * (part.peak_bytes - base)
-        if not part.fits or expected > limit_bytes:
-            return Probe(shape, max(part.peak_bytes, expected), fits=False)
-    return _run(passes, shape, is_training, limit_bytes)
-
-
-def _run(passes: Passes, shape: Shape, is_training: bool, limit_bytes: float) -> Probe:
     devices = [passes.device] if passes.device.type == "cuda" else []
     run_pass = passes.train if is_training else passes.evaluate
     batch = passes.make_batch(shape)

@@ -118,14 +118,15 @@ def _inject(failure: dict) -> None:
 def _limit_rows(rows: int) -> None:
     """In a probe, no more than so many rows fit on this rank."""
     import memory
+    import preflight
 
-    original = memory._run
+    original = memory.probe
 
     def run_pass(passes: object, shape: memory.Shape, *arguments: object) -> memory.Probe:
         found = original(passes, shape, *arguments)
         return memory.Probe(shape, found.peak_bytes, found.fits and shape.rows < rows)
 
-    memory._run = run_pass
+    preflight.probe = run_pass
 
 
 def _run_out_of_memory(_: torch.Tensor) -> None:

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_GROUP_NORM_MODEL, TINY_MODEL
-from transformers import Wav2Vec2Config
 
 import memory
 from assembly import Assembly
 from config import TrainConfig
-from data import Batch, BatchPlan, CutSettings, cut_update
-from memory import MEGABYTE, Passes, PeakMemory, Probe, Shape, heaviest_shapes, judge, probe, search_max_batch_seconds
+from data import BatchPlan, CutSettings, cut_update
+from memory import MEGABYTE, PeakMemory, Probe, Shape, heaviest_shapes, judge, probe, search_max_batch_seconds
 from processes import start_processes
 
 CPU = torch.device("cpu")
@@ -137,8 +136,7 @@ def test_probe_runs_the_very_shape_padding_included(
     monkeypatch.setattr(assembly.model, "forward", forward)
     probe(assembly.passes, Shape(3, 9_000), True, np.inf)
     probe(assembly.passes, Shape(1, 9_000), False, np.inf)
-    one_row_first = ((1, 9_000), [9_000], True)
-    assert seen == [one_row_first, ((3, 9_000), [9_000, 9_000, 8_999], True), ((1, 9_000), [9_000], False)]
+    assert seen == [((3, 9_000), [9_000, 9_000, 8_999], True), ((1, 9_000), [9_000], False)]
 
 
 def test_probe_says_when_memory_runs_out_and_passes_other_errors_on(
@@ -284,26 +282,6 @@ def test_pages_of_mapped_shards_are_not_memory_in_use(tmp_path: Path) -> None:
     before = memory.used_bytes(CPU)
     del mapped
     assert abs(memory.used_bytes(CPU) - before) < 50e6
-
-
-def test_without_a_gpu_a_part_is_run_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would need more than there is is not run: the kernel would kill the process without a word."""
-    ran, held = [], []
-
-    def train_pass(batch: Batch) -> None:
-        ran.append(tuple(batch.input_values_BS.shape))
-        held.append(torch.ones(10_000_000 * len(batch.ids)))
-
-    passes = Passes(
-        train_pass, train_pass, held.clear, 32, 0, Wav2Vec2Config(conv_dim=[1], conv_kernel=[10], conv_stride=[5]), CPU
-    )  # fmt: skip
-    base = memory.used_bytes(CPU)
-    assert not probe(passes, Shape(16, RATE), True, base + 300e6).fits
-    assert ran == [(1, RATE)]
-    assert probe(passes, Shape(4, RATE), True, base + 300e6).fits
-    assert ran[1:] == [(1, RATE), (4, RATE)]
-    assert not probe(passes, Shape(1, 40 * RATE), True, base + 60e6).fits
-    assert ran[3:] == [(1, 10 * RATE)]
 
 
 @pytest.mark.gpu
