@@ -384,37 +384,3 @@ def test_user_settings_of_the_allocator_stay() -> None:
             cwd=Path(preflight.__file__).parent,
         )  # fmt: skip
         assert done.stdout.strip() == expected
-
-
-def test_the_report_of_a_run_stays(
-    prepared: Path, tmp_path: Path, check: Callable[..., int], run: Callable[..., int]
-) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
-    assert run("--config", recipe, "--output_dir", tmp_path / "run") == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    assert check("--config", tmp_path / "run" / "config.yaml", "--max_duration_in_seconds", 0.8) == 0
-    assert {path: path.read_bytes() for path in before} == before
-    assert read_report(prepared / "preflight")[0]["left_out"]["too_long"] > 0
-
-
-def test_a_folder_that_cannot_be_written_is_refused_before_the_checks(
-    prepared: Path, tmp_path: Path, check: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
-    monkeypatch.setattr(preflight.os, "access", lambda *_: False)
-    assert check("--config", recipe) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("error: the report cannot be written to ")
-    assert said.err.endswith("--output_dir\n")
-    assert said.out == ""
-
-
-def test_a_disk_without_room_is_refused_as_train_py_would(
-    prepared: Path, tmp_path: Path, check: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:  # fmt: skip
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
-    monkeypatch.setattr(preflight, "free_bytes", lambda _: 1_000)
-    assert check("--config", recipe, "--output_dir", tmp_path / "run") == 2
-    assert "--save_total_limit" in capsys.readouterr().err
