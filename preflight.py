@@ -5,11 +5,11 @@
     accelerate launch --mixed_precision fp16 preflight.py --config configs/english_large.yaml
 
 The flags are those of train.py, which makes the same checks before its first step. Prints one screen, and writes
-preflight.json, drop_list.csv (what training leaves out) and suspects.csv into --output_dir, or DATA_DIR/preflight.
-Status 0: ready, warnings are shown; 2: refused.
+preflight.json, drop_list.csv (what training leaves out) and suspects.csv into --output_dir, or into DATA_DIR/preflight
+where none is named or a run lies there. Status 0: train.py would begin, warnings are shown; 2: refused.
 """
 
-from errors import UsageError, exit_status
+from errors import RunFailed, UsageError, exit_status
 
 # isort: split
 
@@ -52,14 +52,16 @@ from memory import (
     usable_bytes,
     used_bytes,
 )
+from model import parameter_counts
 from processes import start_processes
 from recovery import release_memory
-from selection import write_drop_list, write_suspects
+from selection import COUNT_CHECK, write_drop_list, write_suspects
 
 if TYPE_CHECKING:
     from assembly import Assembly
 
 REPORT_FILES = ("preflight.json", "drop_list.csv", "suspects.csv")
+BYTES_PER_WEIGHT = 4
 # Cutting an update takes 50 microseconds; so many of them tell what an epoch is like.
 UPDATES_CUT = 1_000
 # Of the table where no terminal says how wide it is.
@@ -81,14 +83,20 @@ class Report:
     utterances: tuple[str, ...]
     max_batch_seconds: float | None
 
-    def refuse(self, is_strict: bool) -> None:
-        """Stop where a check refuses, or in strict mode where one warns.
+    def refuse(self, is_strict: bool, goes_on: bool = False) -> None:
+        """Stop where a check refuses.
+
+        Args:
+            is_strict: stop where one warns, too.
+            goes_on: --preflight warn: stop only where no clip is left to train on.
 
         Raises:
             UsageError: with each of these checks, what it found and the remedy.
         """
         stopping = ("refused", "warning") if is_strict else ("refused",)
         bad = [finding for finding in self.findings if finding.verdict in stopping]
+        if goes_on:
+            bad = [finding for finding in bad if finding.check == COUNT_CHECK]
         if bad:
             listed = "; ".join(f"{finding.check}: {finding.result}: {finding.remedy}" for finding in bad)
             raise UsageError(f"preflight refuses: {listed}")
@@ -99,7 +107,7 @@ def main() -> None:
     from assembly import Assembly
 
     config = parse_arguments(PreflightConfig, sys.argv[1:], __doc__)
-    folder = Path(config.output_dir or Path(config.data_dir) / "preflight")
+    folder = choose_report_folder(config)
     accelerator = start_processes(config.report_to, str(folder), config.ddp_timeout)
     try:
         assembly = Assembly(config, accelerator)
@@ -107,15 +115,57 @@ def main() -> None:
         report = run_checks(assembly)
         if assembly.is_main:
             print_report(report)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_report(folder, report, assembly)
-            print(f"written to {folder}: {', '.join(REPORT_FILES)}", flush=True)
-        report.refuse(config.strict)
+            _write_and_say(folder, report, assembly)
+        report.refuse(config.strict, goes_on=config.preflight == "warn" and not config.strict)
         if assembly.is_main:
-            has_warnings = worst_verdict(report.findings) == "warning"
-            print("ready" + (", with warnings" if has_warnings else ""), flush=True)
+            print(ENDINGS[worst_verdict(report.findings)], flush=True)
     finally:
         accelerator.end_training()
+
+
+ENDINGS = {
+    "ok": "ready",
+    "warning": "ready, with warnings",
+    "refused": "refused, and train.py goes on all the same: --preflight warn",
+}
+
+
+def choose_report_folder(config: PreflightConfig) -> Path:
+    """Where the report goes; looked at before the checks, which take their time.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    folder = Path(config.output_dir) if config.output_dir else None
+    if folder is None or holds_run(folder):
+        folder = Path(config.data_dir) / "preflight"
+    if trouble := _trouble_with(folder):
+        raise UsageError(f"{trouble}: name a folder for the report with --output_dir")
+    return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun there; its drop list is what that run left out, and stays."""
+    return any((folder / name).exists() for name in ("training_log.csv", "checkpoints"))
+
+
+def _trouble_with(folder: Path) -> str | None:
+    """What keeps a folder from being made and written into."""
+    existing = nearest_existing(folder)
+    if not existing.is_dir():
+        return f"{existing} is a file"
+    return None if os.access(existing, os.W_OK) else f"{existing} cannot be written to"
+
+
+def _write_and_say(folder: Path, report: Report, assembly: "Assembly") -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_report(folder, report, assembly)
+    except (OSError, RunFailed) as error:
+        raise UsageError(f"the report above is not written: {error}: name another folder with --output_dir") from error
+    named = assembly.config.output_dir
+    why = f"{named} holds a run, whose own report stays: " if named and Path(named) != folder else ""
+    print(f"{why}written to {folder}: {', '.join(REPORT_FILES)}", flush=True)
 
 
 def run_checks(assembly: "Assembly") -> Report:
@@ -125,18 +175,19 @@ def run_checks(assembly: "Assembly") -> Report:
     `max_batch_seconds` is set where the settings say `auto`.
     """
     coverages = {split: texts.coverage for split, texts in assembly.texts.items()}
-    utterances, round_trip = check_round_trip(
-        assembly.train_set, assembly.selection.rows, assembly.normalizer, assembly.vocabulary
-    )
+    has_rows = len(assembly.selection.rows) > 0
+    shown = assembly.selection.rows if has_rows else np.arange(len(assembly.train_set))
+    utterances, round_trip = check_round_trip(assembly.train_set, shown, assembly.normalizer, assembly.vocabulary)
     findings = [
         *check_coverage(assembly.sets, coverages, assembly.normalizer, assembly.vocabulary),
         round_trip,
         *assembly.selection.findings,
         *check_audio(assembly.sets),
         *assembly.overlap.findings,
-        *check_memory(assembly),
-        check_ranks(assembly),
     ]
+    if has_rows:  # Else there is no batch to try and nothing to divide.
+        findings += [*check_memory(assembly), check_ranks(assembly)]
+    findings.append(_check_disk_of_run(assembly))
     return Report(tuple(findings), tuple(utterances), assembly.max_batch_seconds)
 
 
@@ -182,12 +233,12 @@ def check_ranks(assembly: "Assembly") -> Finding:
             samples += [lengths[rows].sum(dtype=np.int64) for rows in of_rank]
             padded += [len(rows) * int(lengths[rows].max(initial=0)) for rows in of_rank]
     scale = count / len(chosen) / SAMPLE_RATE_HZ
-    hours = " / ".join(f"{seconds * scale / 3600:.2f}" for seconds in samples)
+    seconds = " / ".join(f"{of_rank:,.1f}" for of_rank in samples * scale)
     padding = 1 - samples.sum() / max(padded.sum(), 1)
     each = f"{cut.num_processes} ranks with {count} updates each" if cut.num_processes > 1 else f"{count} updates"
     return Finding(
         "ranks",
-        f"{each} per epoch, {micro_steps / len(chosen):.1f} micro-batches per update and rank; {hours} h of audio, "
+        f"{each} per epoch, {micro_steps / len(chosen):.1f} micro-batches per update and rank; {seconds} s of audio, "
         f"{padding:.1%} padding",
         facts={
             "updates_per_epoch": count,
@@ -199,23 +250,33 @@ def check_ranks(assembly: "Assembly") -> Finding:
 
 
 def check_disk(folder: Path, needed_bytes: int) -> Finding:
-    """Whether the place can hold the run's checkpoints.
-
-    Raises:
-        UsageError: it cannot be written at all.
-    """
-
-    existing = nearest_existing(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        state = "cannot be written to" if existing.is_dir() else "is a file"
-        raise UsageError(f"{existing} {state}: choose another --output_dir than {folder}")
-    free = free_bytes(existing)
+    """Whether the place can be written to and hold the run's checkpoints."""
+    if trouble := _trouble_with(folder):
+        return Finding("disk", trouble, "refused", f"choose another --output_dir than {folder}")
+    free = free_bytes(folder)
     result = f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free"
     facts = {"needed_bytes": needed_bytes, "free_bytes": free}
     if free >= needed_bytes:
         return Finding("disk", result, facts=facts)
     remedy = "lower --save_total_limit or choose another --output_dir"
-    return Finding("disk", f"{existing}: {result}", "refused", remedy, facts)
+    return Finding("disk", f"{folder}: {result}", "refused", remedy, facts)
+
+
+def disk_bytes(assembly: "Assembly") -> int:
+    """Checkpoints with two moments per trained weight, one more while it is written, and the best model twice."""
+    trained, frozen = parameter_counts(assembly.model)
+    weights = (trained + frozen) * BYTES_PER_WEIGHT
+    return (assembly.config.save_total_limit + 1) * (weights + 2 * trained * BYTES_PER_WEIGHT) + 2 * weights
+
+
+def _check_disk_of_run(assembly: "Assembly") -> Finding:
+    """By the first rank, which is the one that writes."""
+    needed = disk_bytes(assembly)
+    if not assembly.config.output_dir:
+        result = f"{needed / 1e9:.2f} GB needed where the run will lie"
+        return Finding("disk", result, facts={"needed_bytes": needed})
+    finding = check_disk(Path(assembly.config.output_dir), needed)
+    return gather_object([finding])[0] if assembly.accelerator.num_processes > 1 else finding
 
 
 def print_report(report: Report) -> None:

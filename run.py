@@ -48,7 +48,6 @@ RUN_FILES = (
     *("bad_batches.csv", "train_results.json", "checkpoints", "model", "model.new", *preflight.REPORT_FILES),
     *(TRACKER_PROJECT, "wandb"),
 )
-BYTES_PER_WEIGHT = 4
 
 
 @dataclass
@@ -259,16 +258,10 @@ class Run(Assembly):
         ]
 
     def _check_disk(self) -> str:
-        finding = preflight.check_disk(self.folder, self._disk_bytes())
+        finding = preflight.check_disk(self.folder, preflight.disk_bytes(self))
         if finding.verdict == "refused":
             raise UsageError(f"{finding.result}: {finding.remedy}")
         return finding.result
-
-    def _disk_bytes(self) -> int:
-        """Checkpoints with two moments per trained weight, one more while it is written, and the best model twice."""
-        trained, frozen = parameter_counts(self.model)
-        weights = (trained + frozen) * BYTES_PER_WEIGHT
-        return (self.config.save_total_limit + 1) * (weights + 2 * trained * BYTES_PER_WEIGHT) + 2 * weights
 
     # What is written while training
 

@@ -45,6 +45,8 @@ MIN_UTTERANCES_FOR_RANGE = 20
 # Some real clips are that fast or slow; more than these are a fault of the corpus.
 MAX_SUSPECT_FRACTION = 0.005
 EXAMPLES = 3
+# The finding that refuses when nothing is left.
+COUNT_CHECK = "training clips"
 
 
 @dataclass(frozen=True)
@@ -221,9 +223,9 @@ def _count_finding(total: int, kept: int, drops: Counter[str]) -> Finding:
     facts = {"kept": kept, "left_out": dict(drops)}
     if kept:
         result = f"{kept:,} of {total:,} take part" + (f"; left out: {said}" if said else "")
-        return Finding("training clips", result, facts=facts)
+        return Finding(COUNT_CHECK, result, facts=facts)
     remedy = REMEDIES[drops.most_common(1)[0][0]]
-    return Finding("training clips", f"no training utterance of {total} is left ({said})", "refused", remedy, facts)
+    return Finding(COUNT_CHECK, f"no training utterance of {total} is left ({said})", "refused", remedy, facts)
 
 
 def _alignment_finding(

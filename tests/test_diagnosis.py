@@ -285,13 +285,13 @@ def test_updates_that_are_all_left_out_are_a_divergence(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No update counts: the model stays as it was, and a training loss of nothing is no knowledge."""
-    forward = train.forward
+    forward = train.Run.forward
 
     def broken(run: train.Run, batch: train.Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits_BTV, frame_lengths_B, loss_B = forward(run, batch)
         return logits_BTV, frame_lengths_B, loss_B * (math.nan if run.model.training else 1)
 
-    monkeypatch.setattr(train, "forward", broken)
+    monkeypatch.setattr(train.Run, "forward", broken)
     log = evaluations(trainer.train(trainer.data(num_train=16), max_steps=8, eval_steps=4, max_bad_updates=99))
     assert log["bad_updates"].tolist() == [4, 8]
     assert log["state"].tolist() == ["divergence"] * 2

@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,6 +142,119 @@ def test_strict_refuses_on_warnings(
     error = capsys.readouterr().err
     assert "coverage test: 0.00% of 16 characters known" in error
     assert error.count("\n") == 1
+
+
+def test_warn_says_what_train_py_would_do(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, vocabulary="large_960h")
+    flags = ("--config", recipe, "--case", "lower", "--preflight", "warn")
+    assert check(*flags) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "refused, and train.py goes on all the same: --preflight warn"
+    assert check(*flags, "--strict") == 2
+    assert capsys.readouterr().err.startswith("error: preflight refuses: coverage train: ")
+
+
+@pytest.mark.parametrize("is_warned", [False, True])
+def test_promise_4_when_nothing_is_left_the_reasons_are_shown_and_listed(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], run: Callable[..., int], capsys: pytest.CaptureFixture,
+    is_warned: bool,
+) -> None:  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    flags = ("--config", recipe, "--min_duration_in_seconds", 19.9)
+    refusal = "training clips: no training utterance of 13 is left (too_short 13): lower --min_duration_in_seconds"
+    assert check(*flags, *(["--preflight", "warn"] if is_warned else [])) == 2
+    screen = capsys.readouterr()
+    assert screen.err == f"error: preflight refuses: {refusal}\n"
+    for name in ("coverage train", "training clips", "audio length", "shared audio", "disk"):
+        assert re.search(f"^ ?{name} ", screen.out, re.MULTILINE), name
+    report, findings = read_report(prepared / "preflight")
+    assert report["left_out"] == findings["training clips"]["facts"]["left_out"] == {"too_short": 13}
+    with (prepared / "preflight" / "drop_list.csv").open(newline="") as file:
+        assert [row["reason"] for row in csv.DictReader(file)] == ["too_short"] * 13
+    assert run(*flags, "--output_dir", tmp_path / "run") == 2
+    screen = capsys.readouterr()
+    assert screen.err == f"error: preflight refuses: {refusal}\n"
+    assert re.search("^ ?training clips ", screen.out, re.MULTILINE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_identical_audio_is_left_out_by_both_commands(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], run: Callable[..., int]
+) -> None:
+    shutil.rmtree(prepared / "dev")
+    write_part(prepared / "dev" / "part_1", [*make_rows(3, seed=2), ("copy", *make_rows(13, seed=1)[11][1:])])
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
+    assert check("--config", recipe) == 0
+    assert run("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    for folder in (prepared / "preflight", tmp_path / "run"):
+        assert (folder / "drop_list.csv").read_text().splitlines()[1:] == [
+            "train,u1_11,audio_in_dev,the same samples as dev utterance copy"
+        ]
+        assert read_report(folder)[0]["left_out"] == {"audio_in_dev": 1}
+    assert json.loads((tmp_path / "run" / "train_results.json").read_text())["train_samples"] == 12
+
+
+# --- Where the report goes -----------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_run_stays(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], run: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """Its drop list is what that run left out, whatever other settings would."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
+    run_dir = tmp_path / "run"
+    assert run("--config", recipe, "--output_dir", run_dir) == 0
+    before = {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    (run_dir / "train_results.json").unlink()  # It may be running as well.
+    del before[run_dir / "train_results.json"]
+    capsys.readouterr()
+    assert check("--config", run_dir / "config.yaml", "--max_duration_in_seconds", 0.8) == 0
+    assert {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()} == before
+    assert f"{run_dir} holds a run, whose own report stays: written to {prepared / 'preflight'}: " in (
+        capsys.readouterr().out
+    )
+    assert read_report(prepared / "preflight")[0]["left_out"]["too_long"] > 0
+
+
+@pytest.mark.parametrize("kind", ["read-only", "file"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_checks(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture, kind: str,
+) -> None:  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    if kind == "file":
+        (prepared / "preflight").touch()
+        said = f"{prepared / 'preflight'} is a file"
+    else:
+        monkeypatch.setattr(os, "access", lambda folder, mode: (folder, mode) != (prepared, os.W_OK))
+        said = f"{prepared} cannot be written to"
+    with monkeypatch.context() as patch:
+        patch.setattr("assembly.Assembly", lambda *_: pytest.fail("the checks began"))
+        assert check("--config", recipe) == 2
+    assert capsys.readouterr().err == f"error: {said}: name a folder for the report with --output_dir\n"
+    assert check("--config", recipe, "--output_dir", tmp_path / "report") == 0
+    assert (tmp_path / "report" / "preflight.json").is_file()
+
+
+def test_a_report_that_cannot_be_written_after_all_is_shown(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    mkdir = Path.mkdir
+
+    def refuse(path: Path, **settings: object) -> None:
+        if path.name == "preflight":
+            raise OSError(30, "Read-only file system", str(path))
+        mkdir(path, **settings)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert check("--config", recipe) == 2
+    screen = capsys.readouterr()
+    assert "memory training" in screen.out
+    assert screen.err.splitlines()[-1].startswith("error: the report above is not written: [Errno 30] Read-only")
+    assert screen.err.splitlines()[-1].endswith("name another folder with --output_dir")
 
 
 @pytest.mark.parametrize(
@@ -303,6 +418,8 @@ def test_seconds_of_each_rank_are_those_of_the_plan(num_processes: int, seconds:
     assert finding.facts["seconds_per_rank"] == pytest.approx(expected / 16_000)
     assert finding.facts["micro_batches_per_update"] == pytest.approx(np.mean(micro_steps))
     assert sum(finding.facts["seconds_per_rank"]) == pytest.approx(lengths.sum() / 16_000)
+    assert f"{' / '.join(f'{seconds:.1f}' for seconds in expected / 16_000)} s of audio" in finding.result
+    assert f"{plan.updates_per_epoch} updates" in finding.result
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,12 +441,40 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"file is a file: choose another --output_dir than .*file/runs/new"):
-        check_disk(tmp_path / "file" / "runs" / "new", 0)
+    wanted = tmp_path / "file" / "runs" / "new"
+    finding = check_disk(wanted, 0)
+    assert (finding.verdict, finding.result) == ("refused", f"{tmp_path / 'file'} is a file")
+    assert finding.remedy == f"choose another --output_dir than {wanted}"
     # Root writes into folders of mode 0555 (trap 36), so the answer is put into the system's mouth.
     monkeypatch.setattr(os, "access", lambda folder, mode: (folder, mode) != (tmp_path, os.W_OK))
-    with pytest.raises(UsageError, match=r"cannot be written to: choose another --output_dir than .*runs/new"):
-        check_disk(tmp_path / "runs" / "new", 0)
+    finding = check_disk(tmp_path / "runs" / "new", 0)
+    assert (finding.verdict, finding.result) == ("refused", f"{tmp_path} cannot be written to")
+
+
+def test_a_full_disk_is_refused_by_both_commands_alike(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], run: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
+    assert check("--config", recipe) == 0
+    assert "GB needed where the run will lie" in read_report(prepared / "preflight")[1]["disk"]["result"]
+    flags = ("--config", recipe, "--output_dir", tmp_path / "run")
+    assert run(*flags) == 0
+    facts = read_report(tmp_path / "run")[1]["disk"]["facts"]
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("*/tensors.safetensors")
+    model = (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
+    # Three checkpoints, one of them being written, and two models, likewise.
+    assert facts["needed_bytes"] == pytest.approx(3 * saved.stat().st_size + 2 * model, rel=0.1)
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=facts["needed_bytes"] - 1))
+    errors = []
+    for command in (check, run):
+        capsys.readouterr()
+        assert command(*flags) == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("error: preflight refuses: disk: ")
+    assert "GB free: lower --save_total_limit or choose another --output_dir" in errors[0]
 
 
 def test_a_relative_folder_is_looked_up_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,6 +485,7 @@ def test_a_relative_folder_is_looked_up_from_here(tmp_path: Path, monkeypatch: p
 FINE = Finding("a", "fine")
 ODD = Finding("b", "odd", "warning", "look at it")
 BAD = Finding("c", "bad", "refused", "mend it")
+NOTHING = Finding("training clips", "none", "refused", "lower it")
 
 
 @pytest.mark.parametrize(
@@ -350,6 +496,7 @@ BAD = Finding("c", "bad", "refused", "mend it")
         ([FINE, ODD], True, "preflight refuses: b: odd: look at it"),
         ([ODD, BAD], False, "preflight refuses: c: bad: mend it"),
         ([ODD, BAD], True, "preflight refuses: b: odd: look at it; c: bad: mend it"),
+        ([ODD, BAD, NOTHING], False, "preflight refuses: c: bad: mend it; training clips: none: lower it"),
     ],
 )
 def test_what_a_report_refuses(findings: list[Finding], is_strict: bool, message: str | None) -> None:
@@ -362,14 +509,18 @@ def test_what_a_report_refuses(findings: list[Finding], is_strict: bool, message
         assert str(refused.value) == message
 
 
+def test_what_warn_cannot_go_on_from() -> None:
+    Report((ODD, BAD), (), None).refuse(is_strict=False, goes_on=True)
+    with pytest.raises(UsageError, match=r"^preflight refuses: training clips: none: lower it$"):
+        Report((ODD, BAD, NOTHING), (), None).refuse(is_strict=False, goes_on=True)
+
+
 def test_a_verdict_needs_a_remedy() -> None:
     with pytest.raises(AssertionError, match="without a remedy"):
         Finding("a", "bad", "refused")
 
 
 def test_user_settings_of_the_allocator_stay() -> None:
-    import subprocess
-
     script = "import allocator, os; print(sorted(k for k in os.environ if 'ALLOC_CONF' in k), allocator.describe())"
     plain = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
     for own, expected in (
@@ -384,3 +535,28 @@ def test_user_settings_of_the_allocator_stay() -> None:
             cwd=Path(preflight.__file__).parent,
         )  # fmt: skip
         assert done.stdout.strip() == expected
+
+
+# What a process sees that imports a command, at the moment when torch is first asked for.
+WATCH_FOR_TORCH = """
+import importlib.abc, os, runpy, sys
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print("torch with", os.environ.get("PYTORCH_ALLOC_CONF"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+runpy.run_path(sys.argv[1], run_name="imported")
+"""
+
+
+@pytest.mark.parametrize("command", ["train.py", "preflight.py"])
+def test_the_allocator_is_set_before_torch_is_imported(command: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH_FOR_TORCH, command], capture_output=True, text=True, env=environment, check=True,
+        cwd=Path(preflight.__file__).parent,
+    )  # fmt: skip
+    assert done.stdout == "torch with expandable_segments:True\n"
