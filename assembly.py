@@ -11,7 +11,7 @@ from config import TrainConfig
 from data import Batch, BatchPlan, Collator, CutSettings, ShardDataset, has_utterances
 from memory import Passes, evaluation_mode
 from metrics import score_batch
-from model import forward_with_loss, optimizer_groups
+from model import forward_with_loss, optimizer_groups, parameter_counts
 from overlap import find_overlap
 from pretrained import load_model
 from processes import RankStatus, SharedGradients, check_same_on_all_ranks, main_first
@@ -20,6 +20,7 @@ from text import TextNormalizer
 from transcripts import measure_texts
 
 SAMPLE_UTTERANCES = 8
+BYTES_PER_WEIGHT = 4
 
 
 class Assembly:
@@ -42,13 +43,13 @@ class Assembly:
         data_dir = Path(self.config.data_dir)
         self.train_set = ShardDataset(data_dir / "train")
         self.eval_set = self.train_set if self.config.eval_split == "train" else ShardDataset(data_dir / "dev")
-        has_test = self.config.do_predict and has_utterances(data_dir / "test")
-        self.test_set = ShardDataset(data_dir / "test") if has_test else None
         self.sets = {"train": self.train_set}
         if self.eval_set is not self.train_set:
             self.sets["dev"] = self.eval_set
-        if self.test_set is not None:
-            self.sets["test"] = self.test_set
+        if has_utterances(data_dir / "test"):
+            # Checked, and kept out of training, also where it is not scored: someone will score it one day.
+            self.sets["test"] = ShardDataset(data_dir / "test")
+        self.test_set = self.sets.get("test") if self.config.do_predict else None
 
     def _load_model(self) -> None:
         config, device = self.config, self.accelerator.device
@@ -118,6 +119,13 @@ class Assembly:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         self.cut = CutSettings(rank, processes, self.config.per_device_train_batch_size, max_batch_seconds)
         self.eval_cut = CutSettings(rank, processes, self.config.per_device_eval_batch_size, max_batch_seconds)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Checkpoints with two moments per trained weight, one more while it is written, and the best model twice."""
+        trained, frozen = parameter_counts(self.model)
+        weights = (trained + frozen) * BYTES_PER_WEIGHT
+        return (self.config.save_total_limit + 1) * (weights + 2 * trained * BYTES_PER_WEIGHT) + 2 * weights
 
     @property
     def passes(self) -> Passes:

@@ -56,7 +56,7 @@ def is_silent(dataset: ShardDataset) -> np.ndarray:
 class _Rule:
     """Clips whose `badness` [N] is positive are bad; in `splits` a share over `limit` is worth a warning."""
 
-    key: str
+    check: str
     name: str
     badness: Callable[[ShardDataset], np.ndarray]
     limit: float
@@ -68,7 +68,7 @@ class _Rule:
 
 RULES = (
     _Rule(
-        "silent",
+        "audio silence",
         "silent or constant",
         lambda dataset: np.float32(SILENT_RMS) - dataset.numpy_column("rms"),
         SILENT_SHARE_LIMIT,
@@ -78,7 +78,7 @@ RULES = (
         SILENT_SHARE_REFUSED,
     ),
     _Rule(
-        "quiet",
+        "audio level",
         "very quiet (under -60 dB)",
         lambda dataset: QUIET_RMS - np.where(is_silent(dataset), 1.0, dataset.numpy_column("rms")),
         BAD_SHARE_LIMIT,
@@ -86,7 +86,7 @@ RULES = (
         "convert them again from the originals at a higher level: 16 bits keep little of them",
     ),
     _Rule(
-        "clipped",
+        "audio clipping",
         f"clipped (over {percent(CLIPPED_SAMPLES_SHARE)} of the samples)",
         lambda dataset: dataset.numpy_column("clipping_fraction") - np.float32(CLIPPED_SAMPLES_SHARE),
         BAD_SHARE_LIMIT,
@@ -95,7 +95,7 @@ RULES = (
         "errors on clean speech",
     ),
     _Rule(
-        "dc_offset",
+        "audio offset",
         f"DC offset (over {percent(DC_OFFSET_LIMIT)} of full scale)",
         lambda dataset: np.abs(dataset.numpy_column("dc_offset")) - np.float32(DC_OFFSET_LIMIT),
         BAD_SHARE_LIMIT,
@@ -121,7 +121,7 @@ def _apply(rule: _Rule, sets: Mapping[str, ShardDataset], max_examples: int) -> 
     if shares.get("train", 0) > rule.refused_limit:
         verdict = "refused"
     result = f"{rule.name}: {'; '.join(said) or 'none'}"
-    return Finding("audio", result, verdict, "" if verdict == "ok" else rule.remedy, {rule.key: facts})
+    return Finding(rule.check, result, verdict, "" if verdict == "ok" else rule.remedy, facts)
 
 
 def _band(sets: Mapping[str, ShardDataset]) -> Finding:
@@ -148,12 +148,12 @@ def _band(sets: Mapping[str, ShardDataset]) -> Finding:
         if train and abs(facts[split]["narrow_band_share"] - train["narrow_band_share"]) > BAND_DIFFERENCE_LIMIT
     ]
     if not differing:
-        return Finding("audio", result, facts={"band": facts})
+        return Finding("audio band", result, facts=facts)
     remedy = (
         f"{' and '.join(differing)} and training differ in band: the WER is that of the change; resample the wider "
         "recordings to 8 kHz (`ffmpeg -i IN -ar 8000 OUT`) and prepare again, or test on recordings of the same kind"
     )
-    return Finding("audio", result, "warning", remedy, {"band": facts})
+    return Finding("audio band", result, "warning", remedy, facts)
 
 
 def _edge_silence(sets: Mapping[str, ShardDataset], max_examples: int) -> Finding:
@@ -166,12 +166,12 @@ def _edge_silence(sets: Mapping[str, ShardDataset], max_examples: int) -> Findin
         said.append(f"{split} {percent(share)}")
     result = f"silence before and after speech: {', '.join(said)} of the audio"
     if facts.get("train", {}).get("share", 0) <= EDGE_SILENCE_LIMIT:
-        return Finding("audio", result, facts={"edge_silence": facts})
+        return Finding("audio edges", result, facts=facts)
     remedy = (
         f"trim the clips (`sox IN OUT silence 1 0.1 0.1% reverse silence 1 0.1 0.1% reverse`) and prepare again; most "
         f"in {', '.join(facts['train']['examples'])}"
     )
-    return Finding("audio", result, "warning", remedy, {"edge_silence": facts})
+    return Finding("audio edges", result, "warning", remedy, facts)
 
 
 EDGE_COLUMNS = ("leading_silence_seconds", "trailing_silence_seconds")
@@ -184,7 +184,7 @@ def _longest(sets: Mapping[str, ShardDataset], max_examples: int) -> Finding:
         seconds = [float(dataset.num_samples[row]) / SAMPLE_RATE_HZ for row in rows]
         facts[split] = [{"id": dataset[int(row)].id, "seconds": s} for row, s in zip(rows, seconds, strict=True)]
         said.append(f"{split} " + ", ".join(f"{entry['id']} {entry['seconds']:.1f} s" for entry in facts[split]))
-    return Finding("audio", f"longest clips: {'; '.join(said)}", facts={"longest": facts})
+    return Finding("audio length", f"longest clips: {'; '.join(said)}", facts=facts)
 
 
 def _ids(dataset: ShardDataset, badness: np.ndarray, count: int) -> list[str]:

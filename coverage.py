@@ -1,6 +1,7 @@
 """Does the vocabulary know the characters of the transcripts, and if not, which setting would mend it?"""
 
 import itertools
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -11,12 +12,13 @@ import numpy as np
 from data import ShardDataset
 from findings import Finding
 from text import Coverage, TextNormalizer, Vocabulary
-from transcripts import VISIBLE_SPACE, coverage_of
+from transcripts import VISIBLE_SPACE, coverage_of, cut_around
 
 MAX_UNKNOWN_FRACTION = 0.005
-# Settings are tried on this many transcripts.
+# Settings are tried on this many transcripts, drawn over the whole set.
 TEXTS_TRIED = 10_000
 CHARACTERS_SHOWN = 8
+EXAMPLE_CHARACTERS_SHOWN = 40
 UTTERANCES_SHOWN = 3
 
 
@@ -91,12 +93,17 @@ def commonest(unknown: Counter[str]) -> list[tuple[str, int]]:
 
 
 def _describe(coverage: Coverage) -> str:
-    named = ", ".join(
-        f"{_visible(character)} {count:,} ({count / coverage.characters:.2%})"
-        for character, count in commonest(coverage.unknown)[:CHARACTERS_SHOWN]
-    )
+    """Share and commonest unknown characters, the first of them in its text."""
+    named = []
+    for character, count in commonest(coverage.unknown)[:CHARACTERS_SHOWN]:
+        where = (
+            ""
+            if named
+            else f', as in "{cut_around(coverage.examples[character], character, EXAMPLE_CHARACTERS_SHOWN)}"'
+        )
+        named.append(f"{_visible(character)} {count:,} ({count / coverage.characters:.2%}{where})")
     more = len(coverage.unknown) - CHARACTERS_SHOWN
-    rest = (f"; unknown: {named}" + (f" and {more} more" if more > 0 else "")) if named else ""
+    rest = f"; unknown: {', '.join(named)}" + (f" and {more} more" if more > 0 else "") if named else ""
     return f"{1 - coverage.unknown_fraction:.2%} of {coverage.characters:,} characters known{rest}"
 
 
@@ -116,18 +123,26 @@ def _remedy(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocab
     )
     if marks:
         ignored = normalizer.characters_to_ignore + marks
-        adding = f"{marks} added to --characters_to_ignore"
+        # With "=", since a list that begins with a hyphen would pass for a flag.
+        adding = f"--characters_to_ignore={shlex.quote(ignored)}"
         candidates[adding] = replace(normalizer, characters_to_ignore=ignored)
         candidates |= {
-            f"{case} and {adding}": replace(changed, characters_to_ignore=ignored) for case, changed in cases.items()
+            f"{case} {adding}": replace(changed, characters_to_ignore=ignored) for case, changed in cases.items()
         }
     why = _describe_cases(normalizer, vocabulary, unknown)
+    texts = _draw_texts(dataset)
     for setting, changed in candidates.items():
-        texts = itertools.islice(dataset.column("text"), TEXTS_TRIED)
         fraction = coverage_of(texts, changed, vocabulary).unknown_fraction
         if fraction <= MAX_UNKNOWN_FRACTION:
             return f"{why}with {setting} coverage is {1 - fraction:.2%}"
     return f"{why}no such setting mends it: build a vocabulary from the text with --vocabulary train (and a new head)"
+
+
+def _draw_texts(dataset: ShardDataset) -> list[str]:
+    """TEXTS_TRIED transcripts, the same ones every time."""
+    chosen = np.zeros(len(dataset), bool)
+    chosen[np.random.default_rng(0).permutation(len(dataset))[:TEXTS_TRIED]] = True
+    return list(itertools.compress(dataset.column("text"), chosen))
 
 
 def _describe_cases(normalizer: TextNormalizer, vocabulary: Vocabulary, unknown: Counter[str]) -> str:

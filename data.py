@@ -314,7 +314,7 @@ def _even_chunks(
     chunks = _chunks_by_samples(order, num_samples, max_batch_samples)
     wanted = math.ceil(len(chunks) / num_processes) * num_processes
     too_small, enough = 0.0, max_batch_samples
-    while enough - too_small > EVENNESS * max_batch_samples:
+    while enough - too_small > EVENNESS * enough:
         middle = (too_small + enough) / 2
         found = _chunks_by_samples(order, num_samples, middle)
         if len(found) <= wanted:

@@ -32,6 +32,8 @@ PLATEAU_PATIENCE = 500
 # Five times the highest rate of our recipes (the demo's). Above it AdamW moves most weights by half of their own size
 # in each update, and no long patience is owed.
 HIGH_LEARNING_RATE = 1e-2
+# A dev loss that has not fallen by a twentieth for the patience of a plateau does not fall any more.
+STALLED_LIMIT = 1.05
 # A verdict on the pace, or on a rate that is too high, needs so many: the first steps of Adam are as large as the rate
 # allows, whatever they are good for.
 MIN_UPDATES = 100
@@ -48,6 +50,8 @@ MEMORY_LIMIT = 0.75
 # Spaces are missing: a fifth of the words has vanished although most characters are there.
 COLLAPSED_WORD_RATIO = 0.8
 MODERATE_CER = 0.35
+# Of hypothesis words that are glued together none is right; of those that stay when short words get lost most are.
+MOSTLY_WRONG = 0.5
 # Deletions dominate when they are twice the other errors together, and no trifle.
 DELETION_DOMINANCE = 2.0
 MIN_DELETION_RATE = 0.1
@@ -98,21 +102,14 @@ def deaf_loss(labels: Sequence[np.ndarray], frame_lengths_B: np.ndarray, vocabul
     Returns:
         The loss; 0 without labels.
     """
-    lengths_B = np.array([len(row) for row in labels], np.float64)
-    repeats_B = np.array([np.count_nonzero(row[1:] == row[:-1]) for row in labels], np.float64)
-    # Frames beyond one per label and per necessary blank; they lengthen some run.
-    spare_B = np.asarray(frame_lengths_B, np.float64) - lengths_B - repeats_B
-    fits_B = spare_B >= 0
-    num_labels = lengths_B[fits_B].sum()
+    spare_B, needed_BV, runs_BV = _count_runs(labels, frame_lengths_B, vocabulary_size, blank_id)
+    num_labels = np.delete(needed_BV, blank_id, axis=1).sum()
     if not num_labels:
         return 0.0
-    counts_BV = np.stack([np.bincount(row, minlength=vocabulary_size) for row in labels]).astype(np.float64)[fits_B]
-    needed_BV, runs_BV = counts_BV.copy(), counts_BV.copy()
-    needed_BV[:, blank_id], runs_BV[:, blank_id] = repeats_B[fits_B], lengths_B[fits_B] + 1
-    is_used_V = runs_BV.any(axis=0)
-    spare_B, needed_BV, runs_BV = spare_B[fits_B], needed_BV[:, is_used_V], runs_BV[:, is_used_V]
     frames_V = needed_BV.sum(axis=0)
-    frames_V[np.flatnonzero(is_used_V) == blank_id] += spare_B.sum() + 1
+    frames_V[blank_id] += spare_B.sum() + 1
+    is_used_V = frames_V > 0
+    frames_V, needed_BV, runs_BV = frames_V[is_used_V], needed_BV[:, is_used_V], runs_BV[:, is_used_V]
     best = math.inf
     for _ in range(100):  # two or three do: the start, every spare frame a blank, is nearly right
         p_V = frames_V / frames_V.sum()
@@ -123,6 +120,25 @@ def deaf_loss(labels: Sequence[np.ndarray], frame_lengths_B: np.ndarray, vocabul
         best = loss
         frames_V = (needed_BV + runs_BV * odds_BV).sum(axis=0)
     return min(best, loss)
+
+
+def _count_runs(
+    labels: Sequence[np.ndarray], frame_lengths_B: np.ndarray, vocabulary_size: int, blank_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the utterances that fit into their frames.
+
+    Returns:
+        spare_B, frames beyond one per label and per necessary blank, which lengthen some run; needed_BV, frames that
+        each label needs; runs_BV, places where its frames may stand.
+    """
+    lengths_B = np.array([len(row) for row in labels], np.float64)
+    repeats_B = np.array([np.count_nonzero(row[1:] == row[:-1]) for row in labels], np.float64)
+    spare_B = np.asarray(frame_lengths_B, np.float64) - lengths_B - repeats_B
+    counts_BV = np.stack([np.bincount(row, minlength=vocabulary_size) for row in labels]).astype(np.float64)
+    needed_BV, runs_BV = counts_BV.copy(), counts_BV.copy()
+    needed_BV[:, blank_id], runs_BV[:, blank_id] = repeats_B, lengths_B + 1
+    fits_B = spare_B >= 0
+    return spare_B[fits_B], needed_BV[fits_B], runs_BV[fits_B]
 
 
 def _saddle_point(p_V: np.ndarray, runs_BV: np.ndarray, spare_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,15 +178,37 @@ def diagnose(history: Sequence[Row], facts: Facts) -> Diagnosis | None:
     row = history[-1]
     if _value(row, "eval_wer") < HOPELESS_WER or not facts.deaf_loss:
         return None
+    loss, step = _value(row, "eval_loss"), int(row["step"])
+    where = f"dev loss {loss:.3f}, {facts.deaf_loss:.3f} is the best without listening"
+    trouble = _divergence(history, facts) or _unfit_data(row, facts, where)
+    if trouble:
+        return trouble
+    if loss < HEARING_LIMIT * facts.deaf_loss:
+        return _leaving(history, facts, where)
+    if _value(row, "train_loss") < MEMORY_LIMIT * facts.deaf_loss:
+        return Diagnosis(
+            "memorising", True,
+            f"training loss {_value(row, 'train_loss'):.3f}, {where}: what is learned holds for the training "
+            "utterances only. Listen to some clips beside their texts (do they belong together?), or add training data",
+        )  # fmt: skip
+    if facts.learning_rate > HIGH_LEARNING_RATE and _full_rate_updates(0, step, facts) >= MIN_UPDATES:
+        return Diagnosis("stuck", True, f"nothing heard in {step} updates ({where}): {_rate_remedy(facts)}")
+    return (_above if loss > PLATEAU_LIMIT * facts.deaf_loss else _on_plateau)(history, facts, where)
+
+
+def _divergence(history: Sequence[Row], facts: Facts) -> Diagnosis | None:
+    """Losses that are no numbers, or that have risen."""
+    row = history[-1]
     loss = _value(row, "eval_loss")
     if not math.isfinite(loss):
         return Diagnosis("divergence", True, f"the dev loss is {loss}: {_LOWER} and start from a checkpoint before it")
-    unknown = _value(row, "eval_unknown_reference_fraction")
-    if unknown >= MAX_UNKNOWN_FRACTION:
+    before = history[-2] if len(history) > 1 else {"step": 0, "bad_updates": 0}
+    updates = int(row["step"]) - int(before["step"])
+    if updates and _value(row, "bad_updates") - _value(before, "bad_updates", 0.0) >= updates:
         return Diagnosis(
-            "unknown tokens", True,
-            f"{unknown:.0%} of the dev references' labels are characters that the vocabulary lacks, no such word can "
-            "be right: set --case, --characters_to_ignore or --vocabulary so that text and vocabulary agree",
+            "divergence", True,
+            f"all {updates} updates since step {int(before['step'])} were left out, for a loss or a gradient that is "
+            f"not finite (bad_batches.csv has their clips): {_LOWER}, or launch with --mixed_precision bf16 or no",
         )  # fmt: skip
     if _has_risen(history, facts):
         best = min(_values(history[:-1], "eval_loss"))
@@ -178,29 +216,51 @@ def diagnose(history: Sequence[Row], facts: Facts) -> Diagnosis | None:
             "divergence", True,
             f"the dev loss was {best:.3f} and has risen to {loss:.3f}, the training loss with it: {_LOWER}",
         )  # fmt: skip
-    level = loss / facts.deaf_loss
-    where = f"dev loss {loss:.3f}, {facts.deaf_loss:.3f} is the best without listening"
+    return None
+
+
+def _unfit_data(row: Row, facts: Facts, where: str) -> Diagnosis | None:
+    """Texts or audio from which no model can learn."""
+    unknown = _value(row, "eval_unknown_reference_fraction")
+    if unknown >= MAX_UNKNOWN_FRACTION:
+        return Diagnosis(
+            "unknown tokens", True,
+            f"{unknown:.0%} of the dev references' labels are characters that the vocabulary lacks, no such word can "
+            "be right: set --case, --characters_to_ignore or --vocabulary so that text and vocabulary agree",
+        )  # fmt: skip
+    is_deaf = _value(row, "eval_loss") >= HEARING_LIMIT * facts.deaf_loss
     unfit = _value(row, "eval_unfit_input_fraction")
-    if level >= HEARING_LIMIT and facts.hears_level and unfit >= MAX_UNFIT_FRACTION:
+    if is_deaf and facts.hears_level and unfit >= MAX_UNFIT_FRACTION:
         return Diagnosis(
             "unnormalised audio", True,
             f"{unfit:.0%} of the dev waveforms reach the model silent, far too quiet, or with an offset larger than "
             "the signal: set do_normalize true in the model's preprocessor_config.json, or mend the recordings",
         )  # fmt: skip
-    if level < HEARING_LIMIT:
+    return None
+
+
+def _leaving(history: Sequence[Row], facts: Facts, where: str) -> Diagnosis:
+    """Below the loss of a deaf model and without a right word: for how long?"""
+    row = history[-1]
+    step, best = int(row["step"]), min(_values(history, "eval_loss"))
+    stalled = next(int(row["step"]) for row in history if _value(row, "eval_loss") <= STALLED_LIMIT * best)
+    if _full_rate_updates(stalled, step, facts) >= PLATEAU_PATIENCE:
         return Diagnosis(
-            "leaving the plateau", False, f"normal: the model has begun to hear, words come later ({where})"
-        )
-    if _value(row, "train_loss") < MEMORY_LIMIT * facts.deaf_loss:
-        return Diagnosis(
-            "memorising", True,
-            f"training loss {_value(row, 'train_loss'):.3f}, {where}: what is learned holds for the training "
-            "utterances only. Listen to some clips beside their texts (do they belong together?), or add training data",
+            "no words", True,
+            f"the model hears ({where}), but since step {stalled} it learns nothing more and no word is right: "
+            f"{_words_remedy(row)}",
         )  # fmt: skip
-    step = int(row["step"])
-    if facts.learning_rate > HIGH_LEARNING_RATE and _full_rate_updates(0, step, facts) >= MIN_UPDATES:
-        return Diagnosis("stuck", True, f"nothing heard in {step} updates ({where}): {_rate_remedy(facts)}")
-    return _above(history, facts, where) if level > PLATEAU_LIMIT else _on_plateau(history, facts, where)
+    if step >= facts.total_steps:
+        return Diagnosis("too short", True, f"the run has ended before the first words ({where}): {_words_remedy(row)}")
+    return Diagnosis("leaving the plateau", False, f"normal: the model has begun to hear, words come later ({where})")
+
+
+def _words_remedy(row: Row) -> str:
+    if collapse := _collapse(row):
+        return f"{collapse}. Look whether the training texts have their spaces, and train longer"
+    if _value(row, "train_loss") < MEMORY_LIMIT * _value(row, "eval_loss"):
+        return f"the training loss is {_value(row, 'train_loss'):.3f}, more training data is what helps"
+    return "see in eval_samples.csv what is wrong with the words, train longer, or start from a larger model"
 
 
 def _above(history: Sequence[Row], facts: Facts, where: str) -> Diagnosis:
@@ -245,7 +305,7 @@ def _on_plateau(history: Sequence[Row], facts: Facts, where: str) -> Diagnosis:
             f"plateau: {_rate_remedy(facts)}",
         )  # fmt: skip
     if step >= facts.total_steps:
-        return Diagnosis("plateau", True, f"the run has ended on the plateau ({where}): train longer")
+        return Diagnosis("too short", True, f"the run has ended on the plateau ({where}): train longer")
     return Diagnosis(
         "plateau", False,
         f"normal so far: blanks alone until the model begins to hear, within some hundred updates ({where})",
@@ -278,17 +338,27 @@ def _rate_remedy(facts: Facts) -> str:
 
 def token_collapse(row: Row) -> str | None:
     """A line when the evaluation of this row lost words that the WER does not explain, else None."""
-    if _value(row, "eval_wer") >= HOPELESS_WER:
-        return None
-    words, cer, deletions = (_value(row, f"eval_{name}") for name in ("word_count_ratio", "cer", "deletion_rate"))
-    others = _value(row, "eval_insertion_rate") + _value(row, "eval_substitution_rate")
-    if deletions >= max(MIN_DELETION_RATE, DELETION_DOMINANCE * others):
-        what = f"words are lost: deletions are {deletions:.1%} of the words, all other errors {others:.1%}"
-    elif words <= COLLAPSED_WORD_RATIO and cer <= MODERATE_CER:
-        what = f"spaces are missing: {words:.2f} words for each of the references, at a CER of {cer:.1%}"
-    else:
+    what = _collapse(row)
+    if what is None:
         return None
     return f"token collapse: {what}. It may mend itself with training; if it stays, decode with a language model"
+
+
+def _collapse(row: Row) -> str | None:
+    """What happens to the words while most characters are right."""
+    words, cer, deletions = (_value(row, f"eval_{name}") for name in ("word_count_ratio", "cer", "deletion_rate"))
+    others = _value(row, "eval_insertion_rate") + _value(row, "eval_substitution_rate")
+    are_letters_right = cer <= MODERATE_CER
+    if _value(row, "eval_wer") >= HOPELESS_WER and not are_letters_right:
+        return None  # Nothing is right yet.
+    are_glued = are_letters_right and words <= COLLAPSED_WORD_RATIO
+    if deletions >= max(MIN_DELETION_RATE, DELETION_DOMINANCE * others) and not (
+        are_glued and others >= MOSTLY_WRONG * words
+    ):
+        return f"words are lost: deletions are {deletions:.1%} of the words, all other errors {others:.1%}"
+    if are_glued:
+        return f"spaces are missing: {words:.2f} words for each of the references, at a CER of {cer:.1%}"
+    return None
 
 
 def remark(history: Sequence[Row], facts: Facts) -> tuple[str | None, list[str]]:

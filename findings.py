@@ -12,7 +12,8 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        check: its name: coverage, alignment, audio, splits, memory, ranks, disk.
+        check: its name, which no other finding of a report has: coverage train, alignment, audio clipping, shared
+            speakers, memory training, ranks, disk.
         result: what was measured, for a person.
         verdict: `refused` stops the run, `warning` is shown, `ok` is as it should be.
         remedy: what the user can do; never empty unless the verdict is `ok`.

@@ -18,7 +18,7 @@ import torch
 
 import allocator
 from audio import SAMPLE_RATE_HZ
-from data import Batch, CutSettings
+from data import EVENNESS, Batch, CutSettings
 from findings import Finding
 from model import num_frames
 from recovery import MemoryLimitExceeded, is_out_of_memory, release_memory, trim_memory
@@ -29,6 +29,13 @@ MARGIN = 0.10
 SEARCH_PRECISION = 0.08
 SECONDS_FOR_A_TOOL = 10
 MEGABYTE = 1e6
+# Docs of Linux: admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+# Above this share of a limit the heap gives back what it keeps before a pass.
+HEAP_SHARE = 0.8
 CLEAR_PEAK = "5"  # man 5 proc: what clear_refs takes to reset VmHWM
 
 
@@ -65,7 +72,10 @@ def heaviest_shapes(num_samples: np.ndarray, rows_per_update: int, cut: CutSetti
         rows_per_rank = math.ceil(rows_at_most / cut.num_processes)
         return [Shape(min(cut.max_utterances, rows_per_rank), longest)]
     lengths = np.unique(num_samples).astype(np.int64)[::-1]
-    rows = np.clip(cut.max_batch_samples // np.maximum(lengths, 1), 1, rows_at_most).astype(np.int64)
+    # The ranks share evenly: each chunk stays under the smallest limit that makes one for every rank, to EVENNESS.
+    even_share = math.ceil(rows_at_most / cut.num_processes) * longest / (1 - EVENNESS)
+    limit = min(cut.max_batch_samples, even_share) if cut.num_processes > 1 else cut.max_batch_samples
+    rows = np.clip(limit // np.maximum(lengths, 1), 1, rows_at_most).astype(np.int64)
     heaviest = int(np.argmax(rows * lengths))  # The first of equals has the longer rows.
     shapes = [Shape(int(rows[heaviest]), int(lengths[heaviest])), Shape(int(rows[0]), longest)]
     return list(dict.fromkeys(shapes))
@@ -96,14 +106,15 @@ class Passes:
     bytes_per_value: int = 4
 
     def least_bytes(self, shape: Shape) -> int:
-        """What any pass needs at the very least: input and output of the first activation, and the attention mask.
+        """What any pass needs at the very least: input and output of the first activation, and a padded batch's mask.
 
         Without a GPU a pass that asks for more than there is does not fail, the kernel kills the process.
         """
         config = self.hf_config
         first = num_frames(shape.samples, config.conv_kernel[:1], config.conv_stride[:1]) * config.conv_dim[0]
         frames = num_frames(shape.samples, config.conv_kernel, config.conv_stride)
-        return shape.rows * (2 * self.bytes_per_value * first + frames**2)
+        mask = frames**2 if shape.rows > 1 else 0
+        return shape.rows * (2 * self.bytes_per_value * first + mask)
 
     def make_batch(self, shape: Shape) -> Batch:
         """Noise of this shape, its last row a sample shorter (a padded batch takes more memory), and random labels."""
@@ -218,7 +229,7 @@ class PeakMemory:
     """The most memory that this process uses inside the block: `bytes` after it.
 
     The CUDA allocator's peak, or the process' peak resident memory (VmHWM, which Linux can reset; elsewhere the peak
-    since the process began).
+    since the process began), less the mapped files' as in `used_bytes`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -233,11 +244,11 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bytes = peak_bytes(self.device)
+        self.bytes = peak_bytes(self.device) - _mapped_file_bytes(self.device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory since the start or since the last PeakMemory: of the GPU's allocator, or of the process."""
+    """Most memory since the start or since the last PeakMemory: of the GPU's allocator, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = _proc_status()
@@ -247,10 +258,15 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory in use now, on the same scale as `peak_bytes`."""
+    """Memory in use now. Pages of mapped files are not counted (trap 31): the system takes them back when it likes."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _proc_status().get("VmRSS", peak_bytes(device))
+    return _proc_status().get("VmRSS", peak_bytes(device)) - _mapped_file_bytes(device)
+
+
+def _mapped_file_bytes(device: torch.device) -> int:
+    """Resident pages of the program's own files and of the shards, on the CPU."""
+    return 0 if device.type == "cuda" else _proc_status().get("RssFile", 0)
 
 
 def limit_bytes(device: torch.device, memory_limit_mb: float | None) -> float:
@@ -263,24 +279,39 @@ def limit_bytes(device: torch.device, memory_limit_mb: float | None) -> float:
             torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit_mb * MEGABYTE / total), device)
         return min(available, memory_limit_mb * MEGABYTE if memory_limit_mb is not None else math.inf)
     available = _available_host_bytes()
-    return memory_limit_mb * MEGABYTE if memory_limit_mb is not None else available
+    return available if memory_limit_mb is None else min(available, memory_limit_mb * MEGABYTE)
 
 
-def refuse_over_limit(device: torch.device, memory_limit_mb: float | None) -> None:
-    """Without a GPU nothing but this stops a step that uses more than the user allows.
+class MemoryLimit:
+    """--memory_limit_mb while training and evaluating; without a GPU, whose allocator keeps it, nothing else does.
 
-    Raises:
-        MemoryLimitExceeded: more than --memory_limit_mb is resident.
+    Attributes:
+        highest_bytes: the largest peak that was looked at, since looking at one resets it.
     """
-    if memory_limit_mb is None or device.type == "cuda":
-        return
-    used = used_bytes(device)
-    if used > memory_limit_mb * MEGABYTE:
-        # What the heap keeps for later is resident too, and no reason to cut a batch.
-        trim_memory()
-        used = used_bytes(device)
-    if used > memory_limit_mb * MEGABYTE:
-        raise MemoryLimitExceeded(f"{used / MEGABYTE:.0f} MB in use, --memory_limit_mb {memory_limit_mb:g}")
+
+    def __init__(self, device: torch.device, memory_limit_mb: float | None) -> None:
+        self.device, self.limit_mb = device, memory_limit_mb
+        self.is_watched = memory_limit_mb is not None and device.type != "cuda"
+        self.highest_bytes = 0
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """A pass of one batch.
+
+        Raises:
+            MemoryLimitExceeded: it used more.
+        """
+        if not self.is_watched:
+            yield
+            return
+        if used_bytes(self.device) > HEAP_SHARE * self.limit_mb * MEGABYTE:
+            # What the heap keeps for later is resident too, and no reason to cut a batch.
+            trim_memory()
+        self.highest_bytes = max(self.highest_bytes, peak_bytes(self.device))
+        with PeakMemory(self.device) as peak:
+            yield
+        if peak.bytes > self.limit_mb * MEGABYTE:
+            raise MemoryLimitExceeded(f"{peak.bytes / MEGABYTE:.0f} MB in use, --memory_limit_mb {self.limit_mb:g}")
 
 
 def describe_gpu(device: torch.device) -> Finding | None:
@@ -346,18 +377,17 @@ def under_budget(cut: CutSettings, max_batch_seconds: float) -> CutSettings:
 
 
 def _available_host_bytes() -> float:
-    """Free memory of the machine, or of the control group where that is less, and what this process holds."""
+    """What this process holds, and its share of what is free: of the machine, or of the control group if less."""
     meminfo = _read_table(Path("/proc/meminfo"))
     available = meminfo.get("MemAvailable", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    own = _proc_status().get("VmRSS", 0)
-    for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for folder, limit_name, used_name, inactive_name in CONTROL_GROUPS:
         with contextlib.suppress(OSError, ValueError):
-            limit = int(Path(limit_file).read_text())
-            available = min(available, limit - int(Path(used_file).read_text()))
-    return available + own
+            limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # Pages of files that nobody is using count as used, and give way.
+            available = min(available, limit - used + int(stat.get(inactive_name, 0)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(available, 0) / processes + used_bytes(torch.device("cpu"))
 
 
 def _proc_status() -> dict[str, int]:

@@ -43,9 +43,15 @@ class Meter:
         self._started_at = None
 
     def add(self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Count one update; what all ranks know alike is counted by the first."""
+        """Count one update; what all ranks know alike is counted by the first.
+
+        Args:
+            update: this rank's share.
+            loss_sum: of this rank; NaN on every rank where the update's loss is not finite.
+            grad_norm: of the update.
+        """
         self.grad_norm = grad_norm
-        # A loss that is no number would hide all the others of its row.
+        # A loss that is no number would hide all the others of its row; it is none on all ranks or on none.
         has_loss = torch.isfinite(loss_sum)
         self._on_device[0] += torch.where(has_loss, loss_sum, 0.0)
         if self.accelerator.is_main_process:
@@ -150,17 +156,18 @@ class BadUpdates:
             self.meter.count(name)
 
     def _check(self, step: int) -> None:
-        what = None
+        what, clips = None, ""
         if self._bad_in_a_row >= self.max_bad_updates:
             what = (
                 f"last {self._bad_in_a_row} updates, up to step {step + 1}, had a loss or gradient that is not finite"
             )
+            clips = " (bad_batches.csv names the clips)"
         elif self._skips_in_a_row >= MAX_SCALER_SKIPS:
             what = f"loss scaler skipped the last {self._skips_in_a_row} updates, up to step {step + 1}"
         if what:
             raise RunFailed(
-                f"the {what}, and none of them changed the weights: lower --learning_rate, raise --warmup_steps, or "
-                "launch with another --mixed_precision; bad_batches.csv names the clips; the last checkpoint is sound"
+                f"the {what}, and none of them changed the weights{clips}: lower --learning_rate, raise "
+                "--warmup_steps, or launch with another --mixed_precision; what was saved before is sound"
             )
 
 
@@ -170,5 +177,7 @@ def _describe(watched: _Watched) -> list[dict[str, object]]:
         columns = (batch.ids, batch.sample_lengths_B.tolist(), batch.label_lengths_B.tolist(), loss_B.tolist())
         for utterance_id, samples, labels, loss in zip(*columns, strict=True):
             seconds = samples / SAMPLE_RATE_HZ
-            rows.append({"step": watched.step, "id": utterance_id, "seconds": seconds, "labels": labels, "loss": loss})
+            rows.append(
+                {"step": watched.step + 1, "id": utterance_id, "seconds": seconds, "labels": labels, "loss": loss}
+            )
     return rows

@@ -57,7 +57,8 @@ def find_overlap(sets: Mapping[str, ShardDataset], cache: FactCache | None = Non
         return _compare(sets, max_examples)
 
     fingerprints = {split: dataset.fingerprint for split, dataset in sets.items()}
-    found = compare() if cache is None else cache.get("overlap", [fingerprints, max_examples], compare)
+    shapes = {"findings": ()} | {f"twin_in_{split}": (len(sets["train"]),) for split in sets if split != "train"}
+    found = compare() if cache is None else cache.get("overlap", [fingerprints, max_examples], compare, shapes)
     findings = [Finding(**fields) for fields in json.loads(str(found["findings"]))]
     leaked, details, taken = {}, {}, np.zeros(len(sets["train"]), bool)
     for split in [split for split in sets if split != "train"]:

@@ -20,7 +20,7 @@ import allocator  # noqa: F401 - before torch
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,12 +99,15 @@ def main() -> None:
     from assembly import Assembly
 
     config = parse_arguments(PreflightConfig, sys.argv[1:], __doc__)
-    folder = Path(config.output_dir or Path(config.data_dir) / "preflight")
+    folder = _report_folder(config)
     accelerator = start_processes(config.report_to, str(folder), config.ddp_timeout)
     try:
         assembly = Assembly(config, accelerator)
         assembly.plan_updates(assembly.utterances_per_update)
         report = run_checks(assembly)
+        if config.output_dir:
+            disk = check_disk(Path(config.output_dir), assembly.disk_bytes)
+            report = replace(report, findings=(*report.findings, disk))
         if assembly.is_main:
             print_report(report)
             folder.mkdir(parents=True, exist_ok=True)
@@ -116,6 +119,21 @@ def main() -> None:
             print("ready" + (", with warnings" if has_warnings else ""), flush=True)
     finally:
         accelerator.end_training()
+
+
+def _report_folder(config: PreflightConfig) -> Path:
+    """--output_dir, unless it holds a run, whose own report stays; else DATA_DIR/preflight.
+
+    Raises:
+        UsageError: it cannot be written, said before the long checks.
+    """
+    folder = Path(config.output_dir or Path(config.data_dir) / "preflight")
+    if (folder / "training_log.csv").exists():
+        folder = Path(config.data_dir) / "preflight"
+    place = nearest_existing(folder)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UsageError(f"the report cannot be written to {folder}: name a folder for it with --output_dir")
+    return folder
 
 
 def run_checks(assembly: "Assembly") -> Report:

@@ -142,6 +142,11 @@ class RankStatus:
         return largest.tolist()
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process is gone or silent."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+
+
 def describe_loss(error: RuntimeError) -> str:
     """What a failed exchange says about the other process."""
     reason = str(error).splitlines()[0]

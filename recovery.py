@@ -31,12 +31,13 @@ class Cuts:
 
     Attributes:
         what: names the work in messages: "update", "evaluation".
+        remedy: what helps when a single clip does not fit.
         max_padded_samples: limit on rows x longest row; None until memory has run out once.
         retries: how often it has.
     """
 
-    def __init__(self, what: str, report: Callable[[str], None]) -> None:
-        self.what, self._report = what, report
+    def __init__(self, what: str, remedy: str, report: Callable[[str], None]) -> None:
+        self.what, self.remedy, self._report = what, remedy, report
         self.max_padded_samples: int | None = None
         self.retries = 0
         self._current: Batch | None = None
@@ -75,8 +76,7 @@ class Cuts:
         if rows == 1:
             raise RunFailed(
                 f"out of memory in an {self.what} with a single clip of {seconds:.1f} s, {ids} ({message}): "
-                "give --gradient_checkpointing, lower --max_duration_in_seconds (training), cut the clip (dev and "
-                "test), or use a smaller model"
+                f"{self.remedy}"
             )
         self.retries += 1
         self.max_padded_samples = rows * samples // 2

@@ -28,7 +28,7 @@ from atomic import UNFINISHED, recover_folder, replace_folder, reporting_disk_er
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
 from errors import Stopped, UsageError
-from memory import MEGABYTE, peak_bytes
+from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
 from model import num_frames, parameter_counts
@@ -48,7 +48,6 @@ RUN_FILES = (
     *("bad_batches.csv", "train_results.json", "checkpoints", "model", "model.new", *preflight.REPORT_FILES),
     *(TRACKER_PROJECT, "wandb"),
 )
-BYTES_PER_WEIGHT = 4
 
 
 @dataclass
@@ -105,7 +104,12 @@ class Run(Assembly):
         self.meter = Meter(accelerator, self.state.pending_sums, self.state.grad_norm)
         self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter, self.state.bad_in_a_row)
         self.stop = StopSignals(config.max_hours, self._started_at)
-        self.cuts, self.eval_cuts = (Cuts(what, self._report_loudly) for what in ("update", "evaluation"))
+        self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
+        checkpointing = "" if config.gradient_checkpointing else "give --gradient_checkpointing, "
+        self.cuts = Cuts(
+            "update", f"{checkpointing}lower --max_duration_in_seconds, or use a smaller model", self._report_loudly
+        )
+        self.eval_cuts = Cuts("evaluation", "cut the clip, or use a smaller model", self._report_loudly)
         if config.report_to:
             accelerator.init_trackers(TRACKER_PROJECT, config={k: str(v) for k, v in asdict(config).items()})
 
@@ -254,16 +258,10 @@ class Run(Assembly):
         ]
 
     def _check_disk(self) -> str:
-        finding = preflight.check_disk(self.folder, self._disk_bytes())
+        finding = preflight.check_disk(self.folder, self.disk_bytes)
         if finding.verdict == "refused":
             raise UsageError(f"{finding.result}: {finding.remedy}")
         return finding.result
-
-    def _disk_bytes(self) -> int:
-        """Checkpoints with two moments per trained weight, one more while it is written, and the best model twice."""
-        trained, frozen = parameter_counts(self.model)
-        weights = (trained + frozen) * BYTES_PER_WEIGHT
-        return (self.config.save_total_limit + 1) * (weights + 2 * trained * BYTES_PER_WEIGHT) + 2 * weights
 
     # What is written while training
 
@@ -328,7 +326,7 @@ class Run(Assembly):
             runlog.BadBatchTable(self._bad_batches_path).append(*rows)
             culprits = [str(row["id"]) for row in rows if not math.isfinite(row["loss"])]
             named = f"; loss not finite: {', '.join(culprits[:SAMPLES_SHOWN])}" if culprits else ""
-            self._report_loudly(f"update {rows[0]['step'] + 1 if rows else '?'} left out, not finite{named}")
+            self._report_loudly(f"update {rows[0]['step'] if rows else '?'} left out, not finite{named}")
 
     @property
     def _bad_batches_path(self) -> Path:
@@ -369,7 +367,8 @@ class Run(Assembly):
         self.bad_updates.judge(self.write_bad_batches)
         sums = self.meter.reduce()
         self.meter.clear()
-        loss = sums["loss"] / max(sums["labels"], 1)
+        # Without labels all updates were left out.
+        loss = sums["loss"] / sums["labels"] if sums["labels"] else math.nan
         grad_norm = float(self.meter.grad_norm)
         self.state.sums = [total + new for total, new in zip(self.state.sums, sums.values(), strict=True)]
         seconds = max(sums["seconds"], 1e-9)
@@ -398,7 +397,7 @@ class Run(Assembly):
             "step": self.state.step,
             "epoch": self.state.step / self.plan.updates_per_epoch,
             **values,
-            "peak_memory_mb": peak_bytes(self.accelerator.device) / MEGABYTE,
+            "peak_memory_mb": max(peak_bytes(self.accelerator.device), self.memory_limit.highest_bytes) / MEGABYTE,
             "elapsed_seconds": self._elapsed_seconds(),
         }
         if self.is_main:

@@ -58,7 +58,7 @@ LOG_COLUMNS = {
     "elapsed_seconds": "of training since the start, resumes included",
 }
 SAMPLE_COLUMNS = ("step", "id", "reference", "prediction")
-# `step` counts from 0, as optimizer steps before the update; `loss` is the sum over the clip's labels.
+# `step` as in the log, which the update would have brought about; `loss` is the sum over the clip's labels.
 BAD_BATCH_COLUMNS = ("step", "id", "seconds", "labels", "loss")
 PACKAGES = (
     "torch", "torchaudio", "transformers", "accelerate", "huggingface_hub", "safetensors", "tokenizers", "soundfile",

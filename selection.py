@@ -18,7 +18,6 @@ from atomic import write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig
 from data import ShardDataset
-from errors import UsageError
 from findings import Finding
 from model import num_frames
 from overlap import Overlap
@@ -79,8 +78,7 @@ class Selection:
     @property
     def drops_by_reason(self) -> Counter[str]:
         """Number of rows left out, by reason."""
-        counts = np.bincount(self.reasons, minlength=len(self.details) + 1)[1:]
-        return Counter({name: int(count) for name, count in zip(self.details, counts, strict=True) if count})
+        return _count_drops(self.reasons, list(self.details))
 
 
 def select_training_rows(
@@ -94,18 +92,54 @@ def select_training_rows(
         texts: of the training split.
         overlap: rows whose very audio is in dev or test.
         hf_config: of the encoder, for its frames and time masks.
-
-    Raises:
-        UsageError: when nothing is left.
     """
-    seconds = dataset.num_samples / SAMPLE_RATE_HZ
     frames = num_frames(dataset.num_samples.astype(np.int64), hf_config.conv_kernel, hf_config.conv_stride)
+    usable = (texts.num_labels > 0) & (frames >= np.maximum(texts.required_frames, 1))
+    speaking = _measure_speaking(dataset, texts.num_labels, usable)
+    rules = _rules(dataset, config, texts, overlap, frames, usable, speaking)
+    reasons = np.zeros(len(dataset), np.int8)
+    for code, (rows, _) in enumerate(rules.values(), 1):
+        reasons[rows & (reasons == 0)] = code
+    details = {name: detail for name, (_, detail) in rules.items()}
+    details["not_in_subset"] = lambda row: "train_fraction or max_train_samples"
+    kept = np.flatnonzero(reasons == 0)
+    subset = _draw_subset(kept, config)
+    reasons[np.setdiff1d(kept, subset, assume_unique=True)] = len(details)
+    is_suspect_here = speaking.suspects & (reasons != len(details))
+    findings = (
+        _count_finding(len(dataset), len(subset), _count_drops(reasons, list(details))),
+        _alignment_finding(dataset, reasons, list(details), frames[subset], hf_config),
+        _suspect_finding(dataset, is_suspect_here, speaking, config.prune_suspects),
+    )
+    return Selection(subset, texts.num_labels[subset], reasons, details, speaking.suspects, findings)
+
+
+@dataclass(frozen=True)
+class _Speaking:
+    """Labels per second of each utterance, [N], the corpus' own range of them, and who lies outside, bool [N]."""
+
+    rates: np.ndarray
+    slowest: float
+    fastest: float
+    suspects: np.ndarray
+
+
+def _rules(
+    dataset: ShardDataset,
+    config: TrainConfig,
+    texts: TextFacts,
+    overlap: Overlap,
+    frames: np.ndarray,
+    usable: np.ndarray,
+    speaking: _Speaking,
+) -> dict[str, tuple[np.ndarray, Callable[[int], str]]]:
+    """By reason the rows that it leaves out, bool [N], and a row's numbers in words.
+
+    In the order in which they count: a row goes by the first that it falls under.
+    """
+    seconds, num_labels, needed = dataset.num_samples / SAMPLE_RATE_HZ, texts.num_labels, texts.required_frames
     shortest, longest = config.min_duration_in_seconds, config.max_duration_in_seconds
-    num_labels, needed = texts.num_labels, texts.required_frames
-    usable = (num_labels > 0) & (frames >= np.maximum(needed, 1))
-    rates, (slowest, fastest) = _speaking_rates(dataset, num_labels, usable)
-    suspects = usable & ((rates < slowest) | (rates > fastest))
-    broken = {
+    return {
         "no_labels": (num_labels == 0, lambda row: "the text is empty after normalisation"),
         "too_short": (seconds < shortest, lambda row: f"{seconds[row]:.3f} s of at least {shortest} s"),
         "too_long": (seconds > longest, lambda row: f"{seconds[row]:.3f} s of at most {longest} s"),
@@ -115,30 +149,12 @@ def select_training_rows(
         ),
         **{reason: (rows, overlap.details[reason]) for reason, rows in overlap.leaked.items()},
         "suspect_rate": (
-            suspects & config.prune_suspects,
-            lambda row: f"{rates[row]:.1f} labels/s, the corpus has {slowest:.1f} to {fastest:.1f}",
+            speaking.suspects & config.prune_suspects,
+            lambda row: (
+                f"{speaking.rates[row]:.1f} labels/s, the corpus has {speaking.slowest:.1f} to {speaking.fastest:.1f}"
+            ),
         ),
     }
-    details = {name: detail for name, (_, detail) in broken.items()}
-    details["not_in_subset"] = lambda row: "train_fraction or max_train_samples"
-    reasons = np.zeros(len(dataset), np.int8)
-    for code, (rows, _) in enumerate(broken.values(), 1):
-        reasons[rows & (reasons == 0)] = code
-    kept = np.flatnonzero(reasons == 0)
-    subset = _draw_subset(kept, config)
-    reasons[np.setdiff1d(kept, subset, assume_unique=True)] = len(details)
-    findings = (
-        _alignment_finding(dataset, reasons, list(details), frames[subset], hf_config),
-        _suspect_finding(dataset, suspects & (reasons != len(details)), rates, slowest, fastest, config.prune_suspects),
-    )
-    selection = Selection(subset, num_labels[subset], reasons, details, suspects, findings)
-    if not len(subset):
-        drops = selection.drops_by_reason.most_common()
-        raise UsageError(
-            f"no training utterance of {len(dataset)} is left "
-            f"({', '.join(f'{reason} {count}' for reason, count in drops)}): {REMEDIES[drops[0][0]]}"
-        )
-    return selection
 
 
 def draw_subset(rows: np.ndarray, max_samples: int | None, seed: int) -> np.ndarray:
@@ -175,10 +191,13 @@ def _write_list(path: Path, dataset: ShardDataset, entries: Iterator[tuple[str, 
     write_atomically(path, write)
 
 
-def _speaking_rates(
-    dataset: ShardDataset, num_labels: np.ndarray, usable: np.ndarray
-) -> tuple[np.ndarray, tuple[float, float]]:
-    """Labels per second without the silence at both ends, [N], and the corpus' own robust range of them.
+def _count_drops(reasons: np.ndarray, names: list[str]) -> Counter[str]:
+    counts = np.bincount(reasons, minlength=len(names) + 1)[1:]
+    return Counter({name: int(count) for name, count in zip(names, counts, strict=True) if count})
+
+
+def _measure_speaking(dataset: ShardDataset, num_labels: np.ndarray, usable: np.ndarray) -> _Speaking:
+    """Labels per second without the silence at both ends, and the corpus' own robust range of them.
 
     The range is the median of the logarithms, more or less SUSPECT_DEVIATIONS robust standard deviations: rates are
     about log-normal, and wrong transcripts must not widen the range that they are judged by.
@@ -187,12 +206,24 @@ def _speaking_rates(
     spoken = np.maximum(dataset.num_samples / SAMPLE_RATE_HZ - silence, 1 / SAMPLE_RATE_HZ)
     rates = num_labels / spoken
     if np.count_nonzero(usable) < MIN_UTTERANCES_FOR_RANGE:
-        return rates, (0.0, np.inf)
+        return _Speaking(rates, 0.0, np.inf, np.zeros(len(rates), bool))
     logarithms = np.log(rates[usable])
     median = np.median(logarithms)
     deviation = max(MAD_TO_DEVIATION * np.median(np.abs(logarithms - median)), MIN_LOG_DEVIATION)
     reach = SUSPECT_DEVIATIONS * deviation
-    return rates, (float(np.exp(median - reach)), float(np.exp(median + reach)))
+    slowest, fastest = float(np.exp(median - reach)), float(np.exp(median + reach))
+    return _Speaking(rates, slowest, fastest, usable & ((rates < slowest) | (rates > fastest)))
+
+
+def _count_finding(total: int, kept: int, drops: Counter[str]) -> Finding:
+    """How many train, and what became of the others; refused when nothing is left."""
+    said = ", ".join(f"{reason} {count:,}" for reason, count in drops.most_common())
+    facts = {"kept": kept, "left_out": dict(drops)}
+    if kept:
+        result = f"{kept:,} of {total:,} take part" + (f"; left out: {said}" if said else "")
+        return Finding("training clips", result, facts=facts)
+    remedy = REMEDIES[drops.most_common(1)[0][0]]
+    return Finding("training clips", f"no training utterance of {total} is left ({said})", "refused", remedy, facts)
 
 
 def _alignment_finding(
@@ -214,17 +245,15 @@ def _alignment_finding(
     return Finding("alignment", "; ".join(parts), facts=facts)
 
 
-def _suspect_finding(
-    dataset: ShardDataset, suspects: np.ndarray, rates: np.ndarray, slowest: float, fastest: float, pruned: bool
-) -> Finding:
-    rows = np.flatnonzero(suspects)
+def _suspect_finding(dataset: ShardDataset, suspects: np.ndarray, speaking: _Speaking, pruned: bool) -> Finding:
+    rows, slowest, fastest = np.flatnonzero(suspects), speaking.slowest, speaking.fastest
     if not np.isfinite(fastest):
         return Finding("speaking rate", f"not judged, fewer than {MIN_UTTERANCES_FOR_RANGE} clips")
     result = f"{slowest:.1f} to {fastest:.1f} labels/s is usual here, {len(rows)} clips lie outside"
     facts = {"slowest": slowest, "fastest": fastest, "suspects": len(rows), "pruned": pruned}
     if not len(rows):
         return Finding("speaking rate", result, facts=facts)
-    worst = rows[np.argsort(-np.abs(np.log(np.maximum(rates[rows], 1e-9) / np.sqrt(slowest * fastest))))]
+    worst = rows[np.argsort(-np.abs(np.log(np.maximum(speaking.rates[rows], 1e-9) / np.sqrt(slowest * fastest))))]
     result += f" ({_examples(dataset, worst)})"
     if pruned:
         return Finding("speaking rate", result + " and are left out", facts=facts)

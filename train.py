@@ -30,9 +30,8 @@ from accelerate import Accelerator
 from audio import SAMPLE_RATE_HZ
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
-from memory import refuse_over_limit
 from metrics import Score, score_batch, score_inputs
-from processes import start_processes
+from processes import describe_loss, is_lost_process, start_processes
 from progress import Progress, format_seconds
 from recovery import is_out_of_memory
 from run import Run, choose_beginning
@@ -42,6 +41,7 @@ from text import required_frames
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 # How a rank's try at an update went; the worst of all ranks counts.
 DONE, TRIES_AGAIN, GIVES_UP = range(3)
+OTHER_IS_OUT_OF_MEMORY = "another process of the run is out of memory; its own message says where"
 
 
 def main() -> None:
@@ -110,7 +110,8 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
     depend on the cut (promise 1).
 
     Returns:
-        CTC loss summed over this rank's utterances (float64 scalar), and the gradient norm before clipping.
+        CTC loss summed over this rank's utterances (float64 scalar), NaN on every rank where the update's loss is not
+        finite, and the gradient norm before clipping.
     """
     accelerator, config = run.accelerator, run.config
     losses = accumulate_gradients(run, update)
@@ -118,6 +119,7 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
     for _, loss_B in losses:
         loss_sum += loss_B.sum()
     loss = run.gradients.sum_over_processes(accelerator, loss_sum / update.num_labels)
+    loss_sum += 0.0 * loss  # NaN on every rank where it is on one
     grad_norm = accelerator.clip_grad_norm_(run.gradients.parameters, config.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate_at(
@@ -152,7 +154,7 @@ def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Te
         own_status = GIVES_UP if failure else TRIES_AGAIN if losses is None else DONE
         status, run.stop.agreed = run.status.worst(own_status, run.stop.requested)
         if status == GIVES_UP:
-            raise failure or RunFailed("another process of the run is out of memory; its own message says where")
+            raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
         if status == DONE:
             return losses
 
@@ -166,17 +168,11 @@ def pass_micro_batches(run: Run, update: Update) -> list[tuple[Batch, torch.Tens
     run.gradients.zero()
     losses = []
     for batch in run.cuts.divide(update.micro_batches):
-        loss_B = forward(run, batch)[2]
-        run.accelerator.backward(loss_B.sum() / update.num_labels)
+        with run.memory_limit.watch():
+            loss_B = run.forward(batch)[2]
+            run.accelerator.backward(loss_B.sum() / update.num_labels)
         losses.append((batch, loss_B.detach()))
     return losses
-
-
-def forward(run: Run, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, of one micro-batch."""
-    outputs = run.forward(batch)
-    refuse_over_limit(run.accelerator.device, run.config.memory_limit_mb)
-    return outputs
 
 
 @torch.no_grad()
@@ -190,12 +186,19 @@ def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str
     score = Score()
     loader = evaluation_loader(dataset, rows, run.collate, run.eval_cut, run.config.dataloader_num_workers)
     with Progress(description, len(loader), "batches", run.is_main) as progress:
+        failure = None
         for batch in loader:
             if run.stop.requested:
                 break
-            score += score_in_cuts(run, batch)[0]
+            try:
+                score += score_in_cuts(run, batch)[0]
+            except RunFailed as error:
+                failure = error
+                break
             progress.advance(audio_seconds=batch.num_samples / SAMPLE_RATE_HZ)
-    (run.stop.agreed,) = run.status.worst(run.stop.requested)
+    status, run.stop.agreed = run.status.worst(GIVES_UP if failure else DONE, run.stop.requested)
+    if status == GIVES_UP:
+        raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
     run.stop.check()
     vectors = run.accelerator.gather(score.to_vector().to(run.accelerator.device)[None])
     return sum(map(Score.from_vector, vectors.cpu()), Score())
@@ -217,7 +220,8 @@ def score_pieces(run: Run, batch: Batch) -> list[tuple[Score, list[str]]]:
 
 def score_one(run: Run, batch: Batch) -> tuple[Score, list[str]]:
     """Decode and count one batch; returns the hypotheses too."""
-    logits_BTV, frame_lengths_B, loss_B = forward(run, batch)
+    with run.memory_limit.watch():
+        logits_BTV, frame_lengths_B, loss_B = run.forward(batch)
     # A row with more labels than frames has no CTC loss; its words are counted, its labels do not thin the loss out.
     labels = batch.labels_L.split(batch.label_lengths_B.tolist())
     has_loss = [
@@ -322,6 +326,8 @@ def failing_by_name() -> Iterator[None]:
         # DataLoader puts the trace of its worker before the message.
         raise RunFailed(str(error).strip().splitlines()[-1].removeprefix("errors.UsageError: ")) from error
     except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, RunFailed) and is_lost_process(error):
+            raise RunFailed(f"another process of the run {describe_loss(error)}; its own message says why") from error
         if isinstance(error, RunFailed) or not is_out_of_memory(error):
             raise
         # Outside the passes through the model, which are done again in smaller cuts.

@@ -5,6 +5,7 @@ N: utterances of the split.
 
 import dataclasses
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from text import Coverage, TextNormalizer, Vocabulary, measure_coverage, require
 TEXTS_PER_BLOCK = 10_000
 # Stands for a space where the vocabulary has no word delimiter, so that it counts as unknown and can be seen.
 VISIBLE_SPACE = "\u2423"
+# Of the text around an unknown character, kept to show it.
+EXAMPLE_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,27 @@ def measure_texts(
 ) -> TextFacts:
     """Normalise and encode every transcript once (70,000 a second), or take the facts from `cache`."""
     key = (dataset.fingerprint, *_settings(normalizer), *_settings(vocabulary))
-    arrays = cache.get("texts", key, lambda: _measure(dataset, normalizer, vocabulary))
-    unknown = dict(zip(arrays["unknown"].tolist(), arrays["counts"].tolist(), strict=True))
-    examples = dict(zip(arrays["unknown"].tolist(), arrays["examples"].tolist(), strict=True))
-    coverage = Coverage(int(arrays["characters"]), Counter(unknown), examples)
+    shapes = {"num_labels": (len(dataset),), "required_frames": (len(dataset),), "coverage": ()}
+    arrays = cache.get("texts", key, lambda: _measure(dataset, normalizer, vocabulary), shapes)
+    fields = json.loads(str(arrays["coverage"]))
+    coverage = Coverage(fields["characters"], Counter(fields["unknown"]), fields["examples"])
     return TextFacts(arrays["num_labels"], arrays["required_frames"], coverage)
 
 
 def coverage_of(texts: Iterable[str], normalizer: TextNormalizer, vocabulary: Vocabulary) -> Coverage:
     """Coverage of raw transcripts; a space counts too where the vocabulary cannot write one."""
     return measure_coverage(_visible(map(normalizer, texts), vocabulary), vocabulary)
+
+
+def cut_around(text: str, character: str, length: int = EXAMPLE_CHARACTERS) -> str:
+    """`length` characters of a text around one of its characters, which may be there in another case.
+
+    Ellipses stand for what is cut off.
+    """
+    found = next((at for c in (character, character.swapcase()) if (at := text.find(c)) >= 0), 0)
+    start = max(0, min(found - length // 2, len(text) - length))
+    end = start + length
+    return ("\u2026" if start else "") + text[start:end] + ("\u2026" if end < len(text) else "")
 
 
 def _measure(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
@@ -62,14 +76,10 @@ def _measure(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Voca
         rows = slice(start, start + len(texts))
         num_labels[rows], needed[rows] = counts, required_frames_many(labels, counts)
         coverage.add(_coverage_of_block(texts, labels, counts, vocabulary))
-    unknown = list(coverage.unknown)
     return {
         "num_labels": num_labels,
         "required_frames": needed,
-        "characters": np.asarray(coverage.characters),
-        "unknown": np.asarray(unknown, np.str_),
-        "counts": np.asarray([coverage.unknown[character] for character in unknown], np.int64),
-        "examples": np.asarray([coverage.examples[character] for character in unknown], np.str_),
+        "coverage": np.asarray(json.dumps(vars(coverage))),
     }
 
 
@@ -81,7 +91,8 @@ def _coverage_of_block(
     owners = np.repeat(np.arange(len(texts)), num_labels)
     odd = np.unique(owners[labels == vocabulary.unknown_id])
     found = measure_coverage(_visible((texts[row] for row in odd), vocabulary), vocabulary)
-    return dataclasses.replace(found, characters=len(labels) - spaces)
+    examples = {character: cut_around(text, character) for character, text in found.examples.items()}
+    return dataclasses.replace(found, characters=len(labels) - spaces, examples=examples)
 
 
 def _visible(texts: Iterable[str], vocabulary: Vocabulary) -> Iterable[str]:

@@ -86,7 +86,9 @@ def _inject(failure: dict) -> None:
     """
     import train
 
-    original, passes = train.forward, itertools.count()
+    if failure["where"] == "probe":
+        _limit_rows(failure["rows"])
+    original, passes = train.Run.forward, itertools.count()
 
     def is_due(run: train.Run) -> bool:
         is_place = run.model.training != failure.get("evaluating", False) and run.state.step == failure["step"]
@@ -104,11 +106,27 @@ def _inject(failure: dict) -> None:
                 os.kill(os.getpid(), getattr(signal, failure["where"]))
             if failure["where"] == "forward":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
+            if failure["where"] == "nan":
+                outputs = (*outputs[:2], outputs[2] * float("nan"))
             if failure["where"] == "backward":
                 outputs[2].register_hook(_run_out_of_memory)
         return outputs
 
-    train.forward = forward
+    train.Run.forward = forward
+
+
+def _limit_rows(rows: int) -> None:
+    """In a probe, no more than so many rows fit on this rank."""
+    import memory
+    import preflight
+
+    original = memory.probe
+
+    def run_pass(passes: object, shape: memory.Shape, *arguments: object) -> memory.Probe:
+        found = original(passes, shape, *arguments)
+        return memory.Probe(shape, found.peak_bytes, found.fits and shape.rows < rows)
+
+    preflight.probe = run_pass
 
 
 def _run_out_of_memory(_: torch.Tensor) -> None:
@@ -405,6 +423,69 @@ def test_memory_that_never_suffices_on_one_rank_stops_all_ranks(
     assert "[rank 1] failed: out of memory in an update with a single clip of " in stopped.stderr[1]
     assert stopped.stderr[0] == "failed: another process of the run is out of memory; its own message says where\n"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+def test_memory_that_runs_out_on_one_rank_in_an_evaluation(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """The English seed's second wall: cut where that helps, else all ranks stop with the reason."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, per_device_eval_batch_size=2, eval_steps=2,
+        max_steps=4, model_config=TINY_MODEL | TALKATIVE, do_predict=False,
+    )  # fmt: skip
+    whole = run_ranks(2, "whole", "--config", recipe)
+    failure = {"rank": 1, "step": 2, "where": "forward", "passes": [0], "evaluating": True}
+    found = run_ranks(2, "found", "--config", recipe, failure=failure)
+    assert found.statuses == [0, 0]
+    assert found.scored() == whole.scored()
+    assert found.column("oom_retries")[-1] == 1
+    assert found.stderr[1].startswith("[rank 1] out of memory in an evaluation, with 2 clips of up to ")
+    failure["passes"] = list(range(100))
+    stopped = run_ranks(2, "stopped", "--config", recipe, failure=failure, status=1)
+    assert stopped.statuses == [1, 1]
+    error = stopped.stderr[1].splitlines()[-1]
+    assert error.startswith("[rank 1] failed: out of memory in an evaluation with a single clip of ")
+    assert "cut the clip" in error
+    assert "gradient_checkpointing" not in error
+    assert stopped.stderr[0] == "failed: another process of the run is out of memory; its own message says where\n"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_that_is_nan_on_one_rank_spoils_no_other_row_of_the_log(
+    rank: int, prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, max_steps=4, do_predict=False, eval_steps=4,
+        logging_steps=2, learning_rate=1e-7,
+    )  # fmt: skip
+    whole = run_ranks(2, "whole", "--config", recipe)
+    failure = {"rank": rank, "step": 1, "where": "nan", "passes": [0]}
+    found = run_ranks(2, "found", "--config", recipe, failure=failure)
+    assert found.column("bad_updates") == [1, 1]
+    # The first row is that of its one good update, whose loss the weights of this rate do not move.
+    every = run_ranks(2, "every", "--config", recipe, "--logging_steps", 1)
+    assert found.column("train_loss") == pytest.approx(
+        [every.column("train_loss")[0], whole.column("train_loss")[1]], rel=1e-4
+    )
+
+
+def test_the_heaviest_batches_are_run_on_every_rank_and_the_worst_counts(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """A limit that only the rank with less room breaks is broken for all; the budget that is found is the same."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, max_steps=2)
+    failure = {"rank": 1, "where": "probe", "step": 0, "passes": [], "rows": 3}
+    refused = run_ranks(2, "run", "--config", recipe, failure=failure, status=2)
+    assert refused.statuses == [2, 2]
+    assert "memory training: does not fit: heaviest batch 4 x " in refused.stderr[0]
+    found = run_ranks(2, "auto", "--config", recipe, "--max_batch_seconds", "auto", failure=failure)
+    assert found.statuses == [0, 0]
+    report = json.loads((tmp_path / "auto" / "preflight.json").read_text())
+    by_check = {finding["check"]: finding for finding in report["findings"]}
+    assert by_check["memory training"]["facts"]["shape"][0] < 3
+    longest_dev = 5
+    assert by_check["memory evaluation"]["facts"]["shape"][0] <= longest_dev
+    assert [len(found.trained(step)) for step in range(2)] == [8, 5]
 
 
 def test_a_rank_that_ends_stops_the_others_at_once(

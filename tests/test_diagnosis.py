@@ -25,7 +25,9 @@ from diagnosis import Facts, deaf_loss, diagnose, remark, token_collapse
 from errors import exit_status
 from runlog import read_log
 
-WARNINGS = {"stuck", "too slow", "divergence", "unknown tokens", "unnormalised audio", "memorising"}
+WARNINGS = {
+    "stuck", "too slow", "too short", "divergence", "unknown tokens", "unnormalised audio", "memorising", "no words",
+}  # fmt: skip
 
 # --- The deaf loss -------------------------------------------------------------------------------------------------
 
@@ -279,6 +281,45 @@ def test_divergence(healthy: tuple[Path, Path, str], trainer: Trainer, capsys: p
     assert "and has risen to" in capsys.readouterr().out
 
 
+def test_updates_that_are_all_left_out_are_a_divergence(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No update counts: the model stays as it was, and a training loss of nothing is no knowledge."""
+    forward = train.forward
+
+    def broken(run: train.Run, batch: train.Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits_BTV, frame_lengths_B, loss_B = forward(run, batch)
+        return logits_BTV, frame_lengths_B, loss_B * (math.nan if run.model.training else 1)
+
+    monkeypatch.setattr(train, "forward", broken)
+    log = evaluations(trainer.train(trainer.data(num_train=16), max_steps=8, eval_steps=4, max_bad_updates=99))
+    assert log["bad_updates"].tolist() == [4, 8]
+    assert log["state"].tolist() == ["divergence"] * 2
+    screen = capsys.readouterr().out
+    assert "WARNING: divergence: all 4 updates since step 0 were left out" in screen
+    assert "bad_batches.csv" in screen
+
+
+def test_words_glued_together_for_ever(
+    healthy: tuple[Path, Path, str], trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The Hausa symptom at its worst: a model that hears goes on with training texts that have lost their spaces."""
+    data_dir = trainer.data(lambda row: (row[0], row[1], row[2].replace(" ", ""), row[3]))
+    shutil.rmtree(data_dir / "dev")
+    write_part(data_dir / "dev" / "part_1", [row for row in make_rows(60, seed=2) if " " in row[2]])
+    run_dir = trainer.train(
+        data_dir, model_config=None, model_name_or_path=str(healthy[0] / "model"), vocabulary="model", max_steps=100,
+        eval_steps=25,
+    )  # fmt: skip
+    log = evaluations(run_dir)
+    assert log["eval_wer"].iloc[-1] >= 0.99
+    assert (log["eval_cer"] < 0.35).all()
+    assert log["state"].iloc[-1] == "too short", "not `normal: words come later` at the end of a run"
+    screen = capsys.readouterr().out
+    assert "WARNING: too short: the run has ended" in screen
+    assert "token collapse: spaces are missing" in screen
+
+
 @pytest.mark.slow
 def test_memorising_texts_that_belong_to_other_clips(trainer: Trainer) -> None:
     rows = iter(make_rows(40, seed=9)[1:] * 9)
@@ -334,7 +375,23 @@ def rows(*losses: tuple[int, float, float], **last: float) -> list[dict[str, flo
         (rows((100, 2.1, NAN), (199, 2.0, 2.0)), {"learning_rate": 0.1, "warmup_steps": 200}, "plateau"),
         (rows((100, 2.1, NAN), (201, 2.0, 2.0)), {"learning_rate": 0.1, "warmup_steps": 200}, "stuck"),
         (rows((100, 2.1, NAN), (300, 1.9, 1.7)), {}, "leaving the plateau"),
+        # Not for ever: no better loss for the patience of a plateau, or the end of the run.
+        (rows((100, 2.0, 1.0), (599, 1.0, 0.97)), {}, "leaving the plateau"),
+        (rows((100, 2.0, 1.0), (601, 1.0, 0.97)), {}, "no words"),
+        (rows((100, 2.0, 1.0), (601, 1.0, 0.90)), {}, "leaving the plateau"),
+        (rows((100, 2.0, 1.0), (500, 1.0, 1.2), (601, 0.4, 1.4)), {}, "no words"),
+        (rows((100, 2.0, 1.0), (601, 1.0, 0.97)), {"warmup_steps": 1000}, "leaving the plateau"),
+        (rows((100, 2.0, 1.0), (300, 1.0, 0.5)), {"total_steps": 300}, "too short"),
+        (rows((100, 2.1, 2.1), (300, 2.0, 2.0)), {"total_steps": 300}, "too short"),
         (rows((100, 2.0, 1.5), (200, 2.4, 2.1)), {}, "divergence"),
+        # Every update since the last row was left out: no training loss, or none that counts.
+        (rows((100, 2.0, 2.0), (110, NAN, 2.0), bad_updates=10), {}, "divergence"),
+        (rows((100, 2.0, 2.0), (110, 0.0, 2.0), bad_updates=10), {}, "divergence"),
+        (rows((100, 2.0, 1.5), (110, NAN, 1.5), bad_updates=10), {}, "divergence"),
+        (rows((10, NAN, 2.0), bad_updates=10), {}, "divergence"),
+        (rows((0, NAN, 9.0), bad_updates=0), {}, "before the plateau"),
+        (rows((100, 2.0, 2.0), (110, 2.0, 2.0), bad_updates=9), {}, "plateau"),
+        (rows((100, 2.0, 2.0), (110, 2.0, 2.0), bad_updates=0), {}, "plateau"),
         (rows((100, 2.0, 2.0), (200, 2.9, 2.7)), {}, "divergence"),
         (rows((100, 2.0, 1.5), (200, 0.7, 2.1)), {}, "memorising"),
         (rows((100, 2.0, NAN), (200, 2.0, math.inf)), {}, "divergence"),
@@ -352,9 +409,30 @@ def test_states_literal_table(history: list[dict[str, float]], facts: dict[str, 
     assert found is None or found.is_warning == (state in WARNINGS)
 
 
-def test_a_run_that_ends_on_the_plateau_is_told_so() -> None:
-    found = diagnose(rows((100, 2.1, 2.1), (300, 2.0, 2.0)), Facts(**(vars(FACTS) | {"total_steps": 300})))
-    assert (found.state, found.is_warning) == ("plateau", True)
+@pytest.mark.parametrize("loss", [2.0, 1.0])
+def test_a_run_that_ends_without_a_word_is_told_so_at_its_end(loss: float) -> None:
+    """However often it was told before that all was normal."""
+    facts, history, said = Facts(**(vars(FACTS) | {"total_steps": 170})), [], []
+    for step in range(110, 180, 10):
+        history.append({"step": step, "train_loss": loss, "eval_loss": loss, "eval_wer": 1.0})
+        history[-1]["state"], lines = remark(history, facts)
+        said += lines
+    assert len(said) == 2
+    assert "normal" in said[0]
+    assert said[1].startswith("WARNING: too short: the run has ended")
+
+
+def test_a_stalled_run_is_told_what_its_words_lack() -> None:
+    glued = {"eval_cer": 0.15, "eval_word_count_ratio": 0.2, "eval_deletion_rate": 0.8, "eval_substitution_rate": 0.2}
+    learned_by_heart = rows((100, 0.3, 1.0), (700, 0.1, 1.0), eval_cer=0.6)
+    for history, said in (
+        (rows((100, 1.0, 1.0), (700, 1.0, 1.0), eval_insertion_rate=0.0, **glued), "spaces are missing"),
+        (rows((100, 1.0, 1.0), (700, 1.0, 1.0), eval_cer=0.6), "eval_samples.csv"),
+        (learned_by_heart, "more training data"),
+    ):
+        found = diagnose(history, FACTS)
+        assert found.state == "no words"
+        assert said in found.text
 
 
 def test_warnings_come_back_at_ever_longer_intervals() -> None:
@@ -376,7 +454,11 @@ def test_warnings_come_back_at_ever_longer_intervals() -> None:
         (0.6, 0.5, 0.0, 0.2, 0.4, 0.75, None),  # nothing is right yet
         (0.1, 0.05, 0.0, 0.05, 0.05, 0.95, None),
         (0.05, 0.02, 0.0, 0.05, 0.0, 0.95, None),
-        (1.0, 0.3, 0.0, 0.5, 0.5, 0.5, None),  # the state says more
+        (1.0, 0.15, 0.0, 0.8, 0.2, 0.2, "spaces are missing: 0.20 words"),  # five words to each one
+        (1.0, 0.3, 0.0, 0.5, 0.5, 0.5, "spaces are missing: 0.50 words"),
+        (0.9, 0.7, 0.0, 0.7, 0.2, 0.3, "words are lost: deletions are 70.0%"),  # with their letters
+        (1.0, 0.36, 0.0, 0.5, 0.5, 0.5, None),  # nothing is right yet, and the state says more
+        (1.0, math.nan, 0.0, 0.5, 0.5, 0.5, None),
     ],
 )
 def test_token_collapse_literal_table(

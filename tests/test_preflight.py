@@ -60,7 +60,9 @@ def command_of(main: Callable[[], None], name: str, monkeypatch: pytest.MonkeyPa
 def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:
     """preflight.json, and its findings by check."""
     report = json.loads((folder / "preflight.json").read_text())
-    return report, {finding["check"]: finding for finding in report["findings"]}
+    findings = {finding["check"]: finding for finding in report["findings"]}
+    assert len(findings) == len(report["findings"]), "two findings share a name"
+    return report, findings
 
 
 # --- The command ---------------------------------------------------------------------------------------------------
@@ -248,9 +250,10 @@ def test_memory_that_really_runs_out_in_an_update_changes_nothing(
     error = capsys.readouterr().err
     assert "out of memory in an update, with 16 clips of up to 2.0 s (long" in error
     assert f"MB in use, --memory_limit_mb {limit:g}): done again, from now on in cuts of at most 16.0 s" in error
-    assert error.count("done again") == 1, "the smaller cut is kept"
     plain, short = (read_log(tmp_path / name / "training_log.csv") for name in ("plain", "short"))
-    assert short["oom_retries"].iloc[-1] == 1
+    retries = error.count("done again")
+    assert 1 <= retries <= 4  # 32 s, 16 s, 8 s, 4 s: a single clip has 2 s
+    assert short["oom_retries"].tolist() == [retries] * 2, "the smaller cut is kept"
     for column in ("train_loss", "grad_norm", "eval_loss"):
         np.testing.assert_allclose(plain[column], short[column], rtol=2e-5)
 
@@ -381,3 +384,37 @@ def test_user_settings_of_the_allocator_stay() -> None:
             cwd=Path(preflight.__file__).parent,
         )  # fmt: skip
         assert done.stdout.strip() == expected
+
+
+def test_the_report_of_a_run_stays(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], run: Callable[..., int]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
+    assert run("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert check("--config", tmp_path / "run" / "config.yaml", "--max_duration_in_seconds", 0.8) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert read_report(prepared / "preflight")[0]["left_out"]["too_long"] > 0
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_checks(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    monkeypatch.setattr(preflight.os, "access", lambda *_: False)
+    assert check("--config", recipe) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: the report cannot be written to ")
+    assert said.err.endswith("--output_dir\n")
+    assert said.out == ""
+
+
+def test_a_disk_without_room_is_refused_as_train_py_would(
+    prepared: Path, tmp_path: Path, check: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    monkeypatch.setattr(preflight, "free_bytes", lambda _: 1_000)
+    assert check("--config", recipe, "--output_dir", tmp_path / "run") == 2
+    assert "--save_total_limit" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def run_with_room(cuts: Cuts, batch: Batch, padded_samples: int) -> list[list[st
 
 def test_cuts_are_halved_until_they_fit_and_kept(batch: Batch) -> None:
     said: list[str] = []
-    cuts = Cuts("update", said.append)
+    cuts = Cuts("update", "use less", said.append)
     assert run_with_room(cuts, batch, 45_000) == [["u0", "u1", "u2", "u3", "u4"]]
     assert (cuts.retries, cuts.max_padded_samples, said) == (0, None, [])
     assert run_with_room(cuts, batch, 20_000) == [["u0", "u1"], ["u2", "u3"], ["u4"]]
@@ -129,8 +129,8 @@ def test_cuts_are_halved_until_they_fit_and_kept(batch: Batch) -> None:
 
 
 def test_a_single_clip_that_does_not_fit_is_named(batch: Batch) -> None:
-    cuts = Cuts("evaluation", lambda _: None)
-    with pytest.raises(RunFailed, match=r"in an evaluation with a single clip of 0\.6 s, u0 \(CUDA out of memory"):
+    cuts = Cuts("evaluation", "cut the clip", lambda _: None)
+    with pytest.raises(RunFailed, match=r"in an evaluation with a single clip of 0\.6 s, u0 \(CUDA.*: cut the clip$"):
         run_with_room(cuts, batch, 8_500)
 
 
@@ -139,7 +139,7 @@ def test_other_errors_pass_through(batch: Batch) -> None:
         next(cuts.divide([batch]))
         raise RuntimeError("shapes differ")
 
-    cuts = Cuts("update", lambda _: None)
+    cuts = Cuts("update", "use less", lambda _: None)
     with pytest.raises(RuntimeError, match="shapes differ"):
         cuts.attempt(work)
     assert cuts.retries == 0

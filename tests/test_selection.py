@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import math
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,9 @@ from conftest import write_part
 from cache import FactCache
 from config import TrainConfig
 from data import ShardDataset
-from errors import UsageError
+from findings import Finding
 from overlap import find_overlap
-from selection import Selection, draw_subset, select_training_rows, write_drop_list
+from selection import Selection, draw_subset, select_training_rows, write_drop_list, write_suspects
 from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary
 from transcripts import measure_texts
 
@@ -32,11 +34,11 @@ def make_dataset(folder: Path, clips: list[tuple[int, str]], rows_per_batch: int
     return ShardDataset(folder / "data" / "train")
 
 
-def select(dataset: ShardDataset, **settings: object) -> Selection:
+def select(dataset: ShardDataset, encoder: object = ENCODER, **settings: object) -> Selection:
     cache = FactCache(dataset.folder.parent)
     texts = measure_texts(dataset, UPPER, LARGE_960H, cache)
     overlap = find_overlap(sets_beside(dataset))
-    return select_training_rows(dataset, TrainConfig(**settings), texts, overlap, ENCODER)
+    return select_training_rows(dataset, TrainConfig(**settings), texts, overlap, encoder)
 
 
 def sets_beside(dataset: ShardDataset) -> dict[str, ShardDataset]:
@@ -145,10 +147,163 @@ def test_a_run_that_drops_nothing_has_an_empty_list(tmp_path: Path) -> None:
 def test_nothing_left_names_what_took_it(
     tmp_path: Path, clips: list[tuple[int, str]], settings: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(UsageError) as refused:
-        select(make_dataset(tmp_path, clips), **settings)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
+    selection = select(make_dataset(tmp_path, clips), **settings)
+    finding = selection.findings[0]
+    assert (finding.check, finding.verdict) == ("training clips", "refused")
+    assert message in f"{finding.result}: {finding.remedy}"
+    assert finding.facts == {"kept": 0, "left_out": dict(selection.drops_by_reason)}
+    assert len(list(selection.dropped)) == len(clips)
+
+
+def test_what_is_left_is_counted_by_reason(tmp_path: Path) -> None:
+    finding = select(make_dataset(tmp_path, MIXED), max_train_samples=4).findings[0]
+    assert (finding.check, finding.verdict) == ("training clips", "ok")
+    assert finding.result == (
+        "4 of 11 take part; left out: no_labels 2, more_labels_than_frames 2, too_short 1, too_long 1, not_in_subset 1"
+    )
+
+
+def test_identical_audio_is_left_out_of_training_with_its_reason(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    clips = [rng.integers(-9_000, 9_000, 16_000).astype(np.int16) for _ in range(6)]
+    splits = {"train": clips[:4], "dev": [clips[1], clips[4]], "test": [clips[5], clips[3], clips[1]]}
+    for split, audio in splits.items():
+        content = [(f"{split}{number}", samples, "one", "ann") for number, samples in enumerate(audio)]
+        write_part(tmp_path / "data" / split / "part_1", content)
+    dataset = ShardDataset(tmp_path / "data" / "train")
+    selection = select(dataset)
+    assert selection.rows.tolist() == [0, 2]
+    write_drop_list(tmp_path / "drop_list.csv", dataset, selection)
+    assert (tmp_path / "drop_list.csv").read_text().splitlines()[1:] == [
+        "train,train1,audio_in_dev,the same samples as dev utterance dev0",
+        "train,train3,audio_in_test,the same samples as test utterance test1",
+    ]
+
+
+@pytest.mark.parametrize(("mask_time_prob", "apply"), [(0.05, True), (0.05, False), (0.0, True)])
+def test_clips_shorter_than_a_time_mask_are_counted_and_stay(
+    tmp_path: Path, mask_time_prob: float, apply: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(1 * FRAME, 30 * FRAME, 60).tolist(), 10 * FRAME - 1, 10 * FRAME, 16_000]
+    dataset = make_dataset(tmp_path, [(length, "a") for length in lengths])
+    encoder = SimpleNamespace(
+        **(vars(ENCODER) | {"mask_time_prob": mask_time_prob, "apply_spec_augment": apply, "mask_time_length": 10})
+    )
+    selection = select(dataset, encoder, min_duration_in_seconds=0.05, max_train_samples=40)
+    shorter = sum(int(dataset.num_samples[row]) // FRAME < 10 for row in selection.rows)
+    assert 5 < shorter < 40
+    alignment = next(finding for finding in selection.findings if finding.check == "alignment")
+    if mask_time_prob and apply:
+        assert alignment.facts["unmasked"] == shorter
+        assert f"{shorter} are shorter than a time mask of 10 frames: unmasked" in alignment.result
+    else:
+        assert alignment.facts["unmasked"] == 0
+        assert "time mask" not in alignment.result
+    assert "time mask" not in select(dataset, encoder, min_duration_in_seconds=0.2).findings[1].result
+
+
+# --- Speaking rate -------------------------------------------------------------------------------------------------
+
+
+# Seconds and letters: 29 clips of 8 to 12 letters a second, and three that are none of them.
+RATES = [(1.0 + 0.1 * (index % 5), 10 + index % 5) for index in range(29)] + [(2.0, 1), (1.0, 45), (0.5, 20)]
+ODD_ROWS = {29: "0.5", 30: "45.0", 31: "40.0"}
+
+
+def make_speech(folder: Path, clips: list[tuple[float, int]], silent_seconds: float = 0.0) -> ShardDataset:
+    """Noise with so many different letters in so many seconds, between silences."""
+    rng = np.random.default_rng(0)
+    silence = np.zeros(int(silent_seconds * 16_000), np.int16)
+    rows = []
+    for index, (seconds, letters) in enumerate(clips):
+        half = rng.integers(-9_000, 9_000, int(seconds * 8_000)).astype(np.int16)
+        noise = np.concatenate((half, -half))  # without an offset, which would make the silence loud
+        rows.append(
+            (f"u{index}", np.concatenate((silence, noise, silence)), "AB" * (letters // 2) + "C" * (letters % 2), "")
+        )
+    write_part(folder / "data" / "train" / "part_1", rows, 40)
+    return ShardDataset(folder / "data" / "train")
+
+
+def usual_range(clips: list[tuple[float, int]]) -> tuple[float, float]:
+    """Median of the logarithms, and four robust deviations to each side."""
+    logarithms = sorted(math.log(letters / seconds) for seconds, letters in clips)
+    median = statistics.median(logarithms)
+    spread = statistics.median(abs(value - median) for value in logarithms)
+    reach = 4 * max(1.4826 * spread, 0.1)
+    return math.exp(median - reach), math.exp(median + reach)
+
+
+# Speakers who differ much: the range is three times as wide.
+WIDE_RATES = [(1.0, 6 + 2 * (index % 8)) for index in range(29)] + [(2.0, 1), (1.0, 45), (0.5, 20)]
+
+
+@pytest.mark.parametrize("silent_seconds", [0.0, 0.32])
+@pytest.mark.parametrize("clips", [RATES, WIDE_RATES])
+def test_the_usual_range_is_robust_and_leaves_silence_out(
+    tmp_path: Path, clips: list[tuple[float, int]], silent_seconds: float
+) -> None:
+    selection = select(make_speech(tmp_path, clips, silent_seconds))
+    finding = speaking_rate(selection)
+    slowest, fastest = usual_range(clips)
+    assert (finding.facts["slowest"], finding.facts["fastest"]) == pytest.approx((slowest, fastest), rel=0.03)
+    expected = [row for row, (seconds, letters) in enumerate(clips) if not slowest <= letters / seconds <= fastest]
+    assert np.flatnonzero(selection.suspects).tolist() == expected
+    assert finding.facts["suspects"] == len(expected) > 0
+
+
+def speaking_rate(selection: Selection) -> Finding:
+    return next(finding for finding in selection.findings if finding.check == "speaking rate")
+
+
+def test_suspects_are_listed_and_train_unless_they_are_pruned(tmp_path: Path) -> None:
+    dataset = make_speech(tmp_path, RATES)
+    for pruned in (False, True):
+        selection = select(dataset, prune_suspects=pruned)
+        assert np.flatnonzero(selection.suspects).tolist() == list(ODD_ROWS)
+        finding = speaking_rate(selection)
+        assert finding.facts | {"slowest": 0, "fastest": 0} == {
+            "slowest": 0, "fastest": 0, "suspects": 3, "pruned": pruned,
+        }  # fmt: skip
+        assert finding.verdict == ("ok" if pruned else "warning")
+        assert "3 clips lie outside (" in finding.result
+        assert ("--prune_suspects" in finding.remedy) == (not pruned)
+        kept = [row for row in range(len(RATES)) if not (pruned and row in ODD_ROWS)]
+        assert selection.rows.tolist() == kept
+        assert selection.drops_by_reason == ({"suspect_rate": 3} if pruned else {})
+        write_suspects(tmp_path / "suspects.csv", dataset, selection)
+        write_drop_list(tmp_path / "drop_list.csv", dataset, selection)
+        usual = f"the corpus has {finding.facts['slowest']:.1f} to {finding.facts['fastest']:.1f}"
+        listed = [["train", f"u{row}", "suspect_rate", f"{rate} labels/s, {usual}"] for row, rate in ODD_ROWS.items()]
+        header = ["split", "id", "reason", "detail"]
+        with (tmp_path / "suspects.csv").open(newline="") as file:
+            assert list(csv.reader(file)) == [header, *listed]
+        with (tmp_path / "drop_list.csv").open(newline="") as file:
+            assert list(csv.reader(file)) == [header, *(listed if pruned else [])]
+
+
+def test_a_clip_that_cannot_train_is_no_suspect(tmp_path: Path) -> None:
+    """Its own reason says more; and it has no part in the range."""
+    dataset = make_speech(tmp_path, [*RATES[:29], (0.2, 40), (1.0, 0)])
+    selection = select(dataset, prune_suspects=True)
+    assert not selection.suspects.any()
+    assert selection.drops_by_reason == {"more_labels_than_frames": 1, "no_labels": 1}
+
+
+@pytest.mark.parametrize(("clips", "judged"), [(19, False), (20, True)])
+def test_few_clips_have_no_range(tmp_path: Path, clips: int, judged: bool) -> None:
+    selection = select(make_speech(tmp_path, [*RATES[: clips - 1], (1.0, 45)]), prune_suspects=True)
+    assert selection.suspects.sum() == judged
+    assert ("not judged" in speaking_rate(selection).result) == (not judged)
+
+
+def test_few_suspects_are_no_warning(tmp_path: Path) -> None:
+    finding = speaking_rate(select(make_speech(tmp_path, [*(RATES[:29] * 7), (1.0, 45)])))
+    assert (finding.verdict, finding.facts["suspects"]) == ("ok", 1)
+
+
+# --- Subsets -------------------------------------------------------------------------------------------------------
 
 
 def test_subsets_are_fixed_by_the_seed_and_lie_in_each_other(tmp_path: Path) -> None:

@@ -501,7 +501,7 @@ def test_evaluation_keeps_nothing_of_what_it_scored(
     run = make_run(per_device_eval_batch_size=4)
     write_part(tmp_path / "more" / "dev" / "part_1", make_rows(96, seed=4))
     more = ShardDataset(tmp_path / "more" / "dev")
-    original, logits, alive, live_bytes = train.forward, weakref.WeakSet(), [], []
+    original, logits, alive, live_bytes = Run.forward, weakref.WeakSet(), [], []
 
     def forward(run: Run, batch: train.Batch) -> tuple[torch.Tensor, ...]:
         alive.append(len(logits))
@@ -514,7 +514,7 @@ def test_evaluation_keeps_nothing_of_what_it_scored(
         logits.add(outputs[0])
         return outputs
 
-    monkeypatch.setattr(train, "forward", forward)
+    monkeypatch.setattr(Run, "forward", forward)
     for count in (8, 96):
         alive.clear()
         rows = np.argsort(more.num_samples, kind="stable")[:count]
@@ -911,14 +911,14 @@ def test_training_ends_the_processes_on_every_path(
 
 
 def break_losses(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[int], bool]) -> None:
-    original = train.forward
+    original = Run.forward
 
     def forward(run: Run, batch: train.Batch) -> tuple[torch.Tensor, ...]:
         logits_BTV, frame_lengths_B, loss_B = original(run, batch)
         breaks = run.model.training and is_broken(run.state.step)
         return logits_BTV, frame_lengths_B, loss_B * (float("nan") if breaks else 1.0)
 
-    monkeypatch.setattr(train, "forward", forward)
+    monkeypatch.setattr(Run, "forward", forward)
 
 
 def test_update_with_a_gradient_that_is_not_finite_is_left_out_and_counted(
@@ -944,10 +944,13 @@ def test_run_whose_updates_are_all_left_out_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ) -> None:  # fmt: skip
     break_losses(monkeypatch, lambda step: step >= 3)
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2, max_steps=30, logging_steps=50)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2, max_steps=30, logging_steps=2, eval_steps=6)
     assert command("--config", recipe, "--output_dir", tmp_path / "run", "--max_bad_updates", 4) == 1
     *named, error = capsys.readouterr().err.splitlines()
     assert error.startswith("failed: the last 4 updates, up to step 7, had a loss or gradient that is not finite")
+    log = read_log(tmp_path / "run" / "training_log.csv")
+    assert log["bad_updates"].tolist() == [0, 1, 3]
+    assert np.isfinite(log["train_loss"]).tolist() == [True, True, False], "no loss is no loss of 0"
     assert [line.split(",")[0] for line in named] == [f"update {step} left out" for step in (4, 5, 6, 7)]
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     assert newest.name == "step_000006"
@@ -968,7 +971,7 @@ def test_clips_of_a_left_out_update_are_listed_with_their_figures(
     ((_, _, positions),) = plan.updates(2, 3)
     expected = {train_set[int(row)].id: len(train_set[int(row)].audio) / 16_000 for row in positions}
     assert {row["id"]: float(row["seconds"]) for row in rows} == pytest.approx(expected)
-    assert {row["step"] for row in rows} == {"2"}
+    assert {row["step"] for row in rows} == {"3"}, "as in training_log.csv"
     assert {row["loss"] for row in rows} == {"nan"}
     assert all(int(row["labels"]) > 0 for row in rows)
 
