@@ -434,11 +434,16 @@ class Run(Assembly):
     def _save_best(self) -> None:
         temporary = self.folder / "model.new"
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        with reporting_disk_errors(self.folder / "model"):
-            save_model(self.loaded, temporary)
-            rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
-            text = json.dumps(rules, ensure_ascii=False, indent=1)
-            (temporary / "text_rules.json").write_text(text, encoding="utf-8")
+        num_bytes = sum(value.nbytes for value in self.model.hf.state_dict().values())
+        with reporting_disk_errors(self.folder / "model", num_bytes):
+            try:
+                save_model(self.loaded, temporary)
+                rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
+                text = json.dumps(rules, ensure_ascii=False, indent=1)
+                (temporary / "text_rules.json").write_text(text, encoding="utf-8")
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)  # The next checkpoint may need the room.
+                raise
         replace_folder(temporary, self.folder / "model")
 
     def _elapsed_seconds(self) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas
 import pytest
+from conftest import fill
 
 import runlog
 from errors import RunFailed, UsageError
@@ -91,6 +92,42 @@ def test_failed_append_leaves_whole_rows(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(RunFailed, match=r"disk full at .*log\.csv"):
         log.append({"step": 100})
     assert log.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", [TrainingLog, SampleTable])
+def test_a_full_disk_leaves_the_rows_that_were_written(small_disk: Path, kind) -> None:
+    table = kind(small_disk / "table.csv")
+    row = dict.fromkeys(table.columns, "0.123456789") | {"step": 1}
+    filler = fill(small_disk, 8_192)
+    written = 0
+    # The last page of the file takes a part of the row without an error.
+    with pytest.raises(
+        RunFailed, match=r"disk full at .*table\.csv: \d+ bytes needed, 0 bytes free; make room and resume"
+    ):
+        for written in range(1_000):
+            table.append(row | {"step": written})
+    assert read_log(table.path)["step"].tolist() == list(range(written))
+    filler.unlink()
+    kind(table.path).append(row | {"step": written})
+    assert read_log(table.path)["step"].tolist() == list(range(written + 1))
+
+
+def test_a_full_disk_leaves_the_old_plot(small_disk: Path) -> None:
+    log, path = TrainingLog(small_disk / "log.csv"), small_disk / "curve.png"
+    log.append({"step": 1, "train_loss": 2.0})
+    draw_training_curve(read_log(log.path), path)
+    before = path.read_bytes()
+    filler = fill(small_disk, 8_192)
+    log.append({"step": 2, "train_loss": 1.0})
+    with pytest.raises(
+        RunFailed, match=r"disk full at .*curve\.png: \d+\.\d kB needed, 8\.2 kB free; make room and resume"
+    ):
+        draw_training_curve(read_log(log.path), path)
+    assert path.read_bytes() == before
+    filler.unlink()
+    draw_training_curve(read_log(log.path), path)
+    assert path.read_bytes() != before
+    assert sorted(file.name for file in small_disk.iterdir()) == ["curve.png", "log.csv"]
 
 
 def test_samples_with_commas_quotes_and_line_breaks(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from conftest import (
     TINY_GROUP_NORM_MODEL,
     TINY_MODEL,
     alone,
+    fill,
     make_rows,
     write_part,
     write_recipe,
@@ -38,8 +39,10 @@ from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import get_scheduler, pipeline
 
+import checkpoint
 import demo
 import processes
+import runlog
 import train
 from config import TrainConfig
 from data import BatchPlan, CutSettings, ShardDataset, training_loader
@@ -606,6 +609,79 @@ def test_resume_refuses_other_data_and_changes_nothing(
         assert error.startswith("error: ")
         assert named in error
         assert tree(tmp_path / "run") == before
+
+
+# --- Full disk -----------------------------------------------------------------------------------------------------
+
+# What meets the full disk, from which call on, and the file that the message names.
+FULL_AT = {
+    "log": (runlog.TrainingLog, "append", 5, "training_log.csv"),
+    "samples": (runlog.SampleTable, "append", 2, "eval_samples.csv"),
+    "plot": (runlog, "draw_training_curve", 2, "training_curve.png"),
+    "checkpoint": (checkpoint, "save_checkpoint", 2, "checkpoints"),
+    "best model": (Run, "_save_best", 1, "model"),
+    "results": (Run, "write_results", 1, "train_results.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, a recipe whose WER improves more than once, and a run of it that had room enough."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    write_part(root / "data" / "train" / "part_1", make_rows(13, seed=1))
+    write_part(root / "data" / "dev" / "part_1", make_rows(5, seed=2))
+    write_recipe(root / "recipe.yaml", root / "data", max_steps=12, eval_steps=3, save_steps=2, learning_rate=1e-2)
+    start = [sys.executable, REPOSITORY / "train.py", "--config", root / "recipe.yaml", "--output_dir", root / "run"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process; sums on two are others
+    subprocess.run(start, check=True, capture_output=True, timeout=300, env=one_thread)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", FULL_AT)
+def test_full_disk_is_one_line_and_a_resume_is_invisible(
+    what: str, undisturbed: Path, small_disk: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    owner, name, call, named = FULL_AT[what]
+    run_dir, original, calls = small_disk / "run", getattr(owner, name), []
+
+    def write_to_a_full_disk(*arguments: object) -> object:
+        calls.append(name)
+        if len(calls) >= call:
+            fill(small_disk)
+        if name == "append" and len(calls) >= call:
+            # Longer than what is left of the file's last page.
+            arguments = (*arguments, dict.fromkeys(arguments[-1], "x" * 5_000))
+        return original(*arguments)
+
+    flags = ["--config", undisturbed / "recipe.yaml", "--output_dir", run_dir, "--resume_from_checkpoint", "auto"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, write_to_a_full_disk)
+        assert command(*flags) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("training: ")]
+    message = rf"failed: disk full at {run_dir}/{named}\S*: [\d.]+ \w+ needed, [\d.]+ \w+ free; make room and resume"
+    assert len(said) == 1 and re.fullmatch(message, said[0]), said
+    assert all(checkpoint.find_damage(folder) is None for folder in checkpoint.list_checkpoints(run_dir))
+    assert len(read_log(run_dir / "training_log.csv")) >= 2
+    if (run_dir / "model").exists():
+        load_file(run_dir / "model" / "model.safetensors")
+    assert not [path for path in run_dir.rglob("*") if path.name.endswith((".unfinished", ".new", ".aside"))]
+    (small_disk / "filler").unlink()
+    assert command(*flags) == 0
+
+    assert repeatable(run_dir) == repeatable(undisturbed / "run")
+    files = [tree(folder) for folder in (undisturbed / "run", run_dir)]
+    for file in ("eval_samples.csv", "model/model.safetensors", "checkpoints/step_000012/tensors.safetensors"):
+        assert files[0][file] == files[1][file], file
+
+
+def test_read_only_output_is_named(
+    prepared: Path, tmp_path: Path, read_only_disk: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    assert command("--config", recipe, "--output_dir", read_only_disk / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {read_only_disk} cannot be written to: choose another --output_dir")
 
 
 # --- Precision and the launcher ------------------------------------------------------------------------------------
