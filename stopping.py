@@ -4,6 +4,7 @@ The request is only noted where it arrives. The loop asks for it between updates
 evaluation, all ranks agree, and the run saves a checkpoint and ends.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -84,6 +85,16 @@ def ignore_stop_signals(_: int = 0) -> None:
     """For loading processes: a signal to the whole group must not take the loader from under an update."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_loaders() -> None:
+    """End loading processes that a failed run has left behind, before Python itself tries to.
+
+    It would send them SIGTERM, which they do not hear, and wait for them for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise about the very deaths asked for
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _say(message: str) -> None:

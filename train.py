@@ -36,6 +36,7 @@ from progress import Progress, format_seconds
 from recovery import is_out_of_memory
 from run import Run, choose_beginning
 from schedule import learning_rate_at
+from stopping import end_loaders
 from text import required_frames
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -63,6 +64,7 @@ def main() -> None:
             train(run)
             finish(run)
     finally:
+        end_loaders()
         accelerator.end_training()
 
 

@@ -684,6 +684,26 @@ def test_read_only_output_is_named(
     assert error.startswith(f"error: {read_only_disk} cannot be written to: choose another --output_dir")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damaged_clip_ends_the_run_in_one_line(num_workers: int, prepared: Path, tmp_path: Path) -> None:
+    """From a loading process too, which does not hear Python's SIGTERM; and a resume goes on with the mended part."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, dataloader_num_workers=num_workers)
+    data = prepared / "train" / "part_2" / "data.arrow"
+    whole, audio = data.read_bytes(), ShardDataset(prepared / "train")[9].audio.tobytes()
+    place = whole.index(audio) + 501
+    data.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    start = [sys.executable, REPOSITORY / "train.py", "--config", recipe, "--output_dir", tmp_path / "run"]
+    start += ["--resume_from_checkpoint", "auto"]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    remedy = f"make it again with python prepare.py --corpus corpus --data_dir {prepared} --verify"
+    what = f"{data.parent} is damaged (row u1_9 of data.arrow: its audio differs from its checksum)"
+    assert done.stderr == f"failed: {what}: {remedy}\n"
+    data.write_bytes(whole)
+    assert subprocess.run(start, capture_output=True, timeout=120).returncode == 0
+
+
 # --- Precision and the launcher ------------------------------------------------------------------------------------
 
 
