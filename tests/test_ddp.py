@@ -520,9 +520,9 @@ def test_a_rank_that_hangs_stops_the_others_in_bounded_time(
     ("num_processes", "failure", "status", "stopped_at"),
     [
         (1, {"where": "SIGTERM", "step": 3}, 143, 4),
-        (1, {"where": "SIGUSR1", "step": 2}, 143, 3),
-        (1, {"where": "SIGINT", "step": 3, "evaluating": True}, 130, 3),
-        (2, {"where": "SIGTERM", "step": 2, "rank": 1}, 143, 3),
+        pytest.param(1, {"where": "SIGUSR1", "step": 2}, 143, 3, marks=pytest.mark.slow),
+        pytest.param(1, {"where": "SIGINT", "step": 3, "evaluating": True}, 130, 3, marks=pytest.mark.slow),
+        pytest.param(2, {"where": "SIGTERM", "step": 2, "rank": 1}, 143, 3, marks=pytest.mark.slow),
         (2, {"where": "SIGINT", "step": 6, "rank": 0, "evaluating": True}, 130, 6),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),

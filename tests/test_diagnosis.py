@@ -174,6 +174,7 @@ def healthy(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return run_dir, data_dir, screen.getvalue()
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_followed_and_not_warned_about(healthy: tuple[Path, Path, str]) -> None:
     run_dir, _, screen = healthy
     log = evaluations(run_dir)
@@ -188,6 +189,7 @@ def test_a_healthy_run_is_followed_and_not_warned_about(healthy: tuple[Path, Pat
     assert level(log)[hopeless.index[hopeless["state"] == "plateau"]].between(0.9, 1.1).all()
 
 
+@pytest.mark.slow
 def test_token_collapse_is_read_and_said(healthy: tuple[Path, Path, str]) -> None:
     """Spaces, the rarest label here, are learned last: the tones stand glued together for a hundred updates."""
     run_dir, _, screen = healthy
@@ -243,7 +245,7 @@ def test_unknown_tokens(trainer: Trainer, capsys: pytest.CaptureFixture[str]) ->
     assert "characters that the vocabulary lacks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("scale", "offset"), [(0.001, 0), (0.01, 20_000)])
+@pytest.mark.parametrize(("scale", "offset"), [(0.001, 0), pytest.param(0.01, 20_000, marks=pytest.mark.slow)])
 def test_unnormalised_audio(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scale: float, offset: int
 ) -> None:
@@ -264,6 +266,7 @@ def test_unnormalised_audio(
     assert log["state"].iloc[-1] in ("before the plateau", "plateau")
 
 
+@pytest.mark.slow
 def test_divergence(healthy: tuple[Path, Path, str], trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     """A model that hears goes on at a rate that destroys it."""
     run_dir, data_dir, _ = healthy
@@ -300,6 +303,7 @@ def test_updates_that_are_all_left_out_are_a_divergence(
     assert "bad_batches.csv" in screen
 
 
+@pytest.mark.slow
 def test_words_glued_together_for_ever(
     healthy: tuple[Path, Path, str], trainer: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -682,7 +682,9 @@ def test_read_only_output_is_named(
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
     assert command("--config", recipe, "--output_dir", read_only_disk / "run") == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {read_only_disk} cannot be written to: choose another --output_dir")
+    assert error.startswith(
+        f"error: preflight refuses: disk: {read_only_disk} cannot be written to: choose another --output_dir"
+    )
 
 
 @pytest.mark.slow
