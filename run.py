@@ -120,8 +120,7 @@ class Run(Assembly):
         self.report = preflight.run_checks(self)
         if self.is_main:
             preflight.print_report(self.report)
-        if self.config.preflight == "refuse":
-            self.report.refuse(is_strict=False)
+        self.report.refuse(is_strict=False, goes_on=self.config.preflight == "warn")
 
     def _identity(self) -> dict[str, object]:
         """What decides the meaning of a run: its data, its texts, its model, the order and size of its steps."""
