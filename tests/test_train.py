@@ -707,6 +707,17 @@ def test_damaged_clip_ends_the_run_in_one_line(num_workers: int, prepared: Path,
     assert subprocess.run(start, capture_output=True, timeout=120).returncode == 0
 
 
+@pytest.mark.slow
+def test_promise_3_ten_kills_are_invisible() -> None:
+    """At random moments and at failpoints; the benchmark compares with the run that was never killed."""
+    command = [sys.executable, REPOSITORY / "benchmarks" / "kill_resume.py", "--kills", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kills = int(re.search(r"(\d+) kills survived", done.stdout)[1])
+    assert kills >= 10
+    assert "compared in each run: " in done.stdout
+
+
 # --- Precision and the launcher ------------------------------------------------------------------------------------
 
 
