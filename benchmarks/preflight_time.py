@@ -22,8 +22,8 @@ import yaml
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from integrity import SCHEMA_VERSION, hash_index, write_sealed  # noqa: E402
-from shards import part_schema  # noqa: E402
+from integrity import SCHEMA_VERSION, hash_index, write_sealed
+from shards import part_schema
 
 CHUNK_SIZE = 10_000
 ROWS_PER_BATCH = 128
