@@ -366,9 +366,9 @@ def test_memory_that_really_runs_out_in_an_update_changes_nothing(
     assert "out of memory in an update, with 16 clips of up to 2.0 s (long" in error
     assert f"MB in use, --memory_limit_mb {limit:g}): done again, from now on in cuts of at most 16.0 s" in error
     plain, short = (read_log(tmp_path / name / "training_log.csv") for name in ("plain", "short"))
-    retries = error.count("done again")
-    assert 1 <= retries <= 4  # 32 s, 16 s, 8 s, 4 s: a single clip has 2 s
-    assert short["oom_retries"].tolist() == [retries] * 2, "the smaller cut is kept"
+    # How often depends on the heap; that no update begins with the first cut again does not.
+    assert short["oom_retries"].iloc[-1] == error.count("done again") <= 4
+    assert error.count("at most 16.0 s") == 1, "the smaller cut is kept"
     for column in ("train_loss", "grad_norm", "eval_loss"):
         np.testing.assert_allclose(plain[column], short[column], rtol=2e-5)
 
