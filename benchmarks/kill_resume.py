@@ -118,7 +118,7 @@ def main() -> None:
     print(f"\n{kills} kills survived in {runs} runs; an undisturbed run takes {wall:.1f} s")
     for name in ["at a random moment", *FAILPOINTS]:
         print(f"{name:<30} {hits[name]:>4}")
-    rows, trained = len(whole["log"]), sum(map(len, whole["trained"].values()))
+    rows, trained = len(whole["log"]), sum(len(ids) for _, ids in whole["trained"].values())
     print(
         f"compared in each run: {rows} rows of the log, {len(whole['tensors'])} tensors, {trained} utterances trained"
     )
