@@ -199,13 +199,15 @@ def check_memory(assembly: "Assembly") -> list[Finding]:
     limit = _extreme(accelerator, limit_bytes(device, assembly.config.memory_limit_mb), largest=False)
     base = _base_bytes(assembly)
     findings = [gpu] if gpu else []
+    measured: dict[bool, list[Probe]] = {}
     if assembly.config.max_batch_seconds == "auto":
-        findings.append(_set_budget(assembly, limit))
+        finding, measured = _set_budget(assembly, limit, base)
+        findings.append(finding)
     for name, shapes, is_training in (
         ("memory training", _training_shapes(assembly, assembly.cut), True),
         ("memory evaluation", _evaluation_shapes(assembly, assembly.eval_cut), False),
     ):
-        probes = [_probe_everywhere(assembly, shape, is_training, limit) for shape in shapes]
+        probes = measured.get(is_training) or [_probe_everywhere(assembly, one, is_training, limit) for one in shapes]
         fits = all(one.fits for one in probes)
         remedy = _memory_remedy(assembly, limit, is_training, fits)
         findings.append(judge(name, probes, limit, base, remedy, device))
@@ -325,50 +327,56 @@ def _probe_everywhere(assembly: "Assembly", shape: Shape, is_training: bool, lim
     return Probe(shape, int(peak), assembly.status.worst(int(not mine.fits)) == [0])
 
 
-def _set_budget(assembly: "Assembly", limit: float) -> Finding:
-    seconds = _find_budget(assembly, limit, is_evaluated=True)
+def _set_budget(assembly: "Assembly", limit: float, base: float) -> tuple[Finding, dict[bool, list[Probe]]]:
+    """Search the budget and use it; what was measured under it is judged as it is, not measured a second time."""
+    seconds, measured = _find_budget(assembly, limit, base, is_evaluated=True)
     if seconds is None:
-        is_training = _find_budget(assembly, limit, is_evaluated=False) is None
+        is_training = _find_budget(assembly, limit, base, is_evaluated=False)[0] is None
         remedy = _single_clip_remedy(assembly, is_training)
-        return Finding("batch seconds", "auto: not even the longest clip fits", "refused", remedy)
+        return Finding("batch seconds", "auto: not even the longest clip fits", "refused", remedy), {}
     assembly.use_budget(seconds)
-    return Finding(
-        "batch seconds",
-        f"auto found {seconds:g} s: --max_batch_seconds {seconds:g} does the same without the search",
-        facts={"max_batch_seconds": seconds},
-    )
+    result = f"auto found {seconds:g} s: --max_batch_seconds {seconds:g} does the same without the search"
+    return Finding("batch seconds", result, facts={"max_batch_seconds": seconds}), measured
 
 
-def _find_budget(assembly: "Assembly", limit: float, is_evaluated: bool) -> float | None:
-    """The largest --max_batch_seconds that leaves MARGIN of the memory free; the same on every rank."""
+def _find_budget(
+    assembly: "Assembly", limit: float, base: float, is_evaluated: bool
+) -> tuple[float | None, dict[bool, list[Probe]]]:
+    """The largest --max_batch_seconds that leaves MARGIN of the memory free, the same on every rank.
+
+    With it the batches that were run under it, by whether they are of the training.
+    """
     lengths = assembly.plan.num_samples
-    base = _base_bytes(assembly)
     usable = usable_bytes(limit, base)
+    measured: dict[bool, list[Probe]] = {}
 
     def fits(seconds: float) -> tuple[bool, float]:
         jobs = [(shape, True) for shape in _training_shapes(assembly, under_budget(assembly.cut, seconds))]
         if is_evaluated:
             jobs += [(shape, False) for shape in _evaluation_shapes(assembly, under_budget(assembly.eval_cut, seconds))]
+        probes: dict[bool, list[Probe]] = {True: [], False: []}
         peak = 0
         for shape, is_training in jobs:
             found = _probe_everywhere(assembly, shape, is_training, usable)
+            probes[is_training].append(found)
             peak = max(peak, found.peak_bytes)
             if not found.fits:
                 return False, peak
+        measured.update(probes)  # Each budget that fits is larger than the last: what stays belongs to the largest.
         if assembly.is_main:
             print(f"max_batch_seconds {seconds:.1f} fits: peak {peak / 1e6:,.0f} MB", file=sys.stderr, flush=True)
         return True, peak
 
     longest_clip = int(lengths.max()) / SAMPLE_RATE_HZ
     rows_per_rank = -(-min(assembly.plan.utterances_per_update, len(lengths)) // assembly.accelerator.num_processes)
-    return search_max_batch_seconds(fits, longest_clip, rows_per_rank * longest_clip, base, usable)
+    return search_max_batch_seconds(fits, longest_clip, rows_per_rank * longest_clip, base, usable), measured
 
 
 def _memory_remedy(assembly: "Assembly", limit: float, is_training: bool, fits: bool) -> str:
     """What would fit, measured; searched for only where something does not."""
     if fits:
         return "--max_batch_seconds auto finds a size that leaves more room"
-    seconds = _find_budget(assembly, limit, is_evaluated=not is_training)
+    seconds, _ = _find_budget(assembly, limit, _base_bytes(assembly), is_evaluated=not is_training)
     if seconds is None:
         return _single_clip_remedy(assembly, is_training)
     return f"with --max_batch_seconds {seconds:g} it fits, and no update changes"
