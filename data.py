@@ -309,11 +309,12 @@ def _even_chunks(
 ) -> list[np.ndarray]:
     """As few chunks as the limit allows, and as even as so many can be: the last rank is not left the remainder.
 
-    Bisects for the smallest limit that needs no more chunks, counted in rounds of all ranks.
+    Bisects for the smallest limit that needs no more chunks, counted in rounds of all ranks. The longest utterance,
+    which comes first, is the least that a limit can be.
     """
     chunks = _chunks_by_samples(order, num_samples, max_batch_samples)
     wanted = math.ceil(len(chunks) / num_processes) * num_processes
-    too_small, enough = 0.0, max_batch_samples
+    too_small, enough = float(num_samples[order[0]]), max_batch_samples
     while enough - too_small > EVENNESS * enough:
         middle = (too_small + enough) / 2
         found = _chunks_by_samples(order, num_samples, middle)

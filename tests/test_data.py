@@ -19,6 +19,7 @@ import torch
 from conftest import TINY_MODEL, make_rows, write_part
 from transformers import AutoConfig, Wav2Vec2FeatureExtractor
 
+import data
 from corpora import OWN_COLUMNS
 from data import (
     SAMPLE_RATE_HZ,
@@ -469,6 +470,16 @@ def random_cuts() -> Iterator[tuple[np.ndarray, int, int, float | None]]:
         lengths = rng.integers(1_600, 240_000, rng.integers(1, 70)).astype(np.int32)
         limit = None if rng.random() < 0.5 else float(rng.uniform(1.0, 60.0) * SAMPLE_RATE_HZ)
         yield lengths, int(rng.integers(1, 9)), int(rng.integers(1, 20)), limit
+
+
+def test_cutting_by_seconds_takes_few_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where every utterance is a micro-batch of its own: the bisection once went on to the smallest float."""
+    passes, original = [], data._chunks_by_samples
+    monkeypatch.setattr(data, "_chunks_by_samples", lambda *given: passes.append(1) or original(*given))
+    for seconds in (0.1, 6.0, 12.0, 40.0, 1e6):
+        passes.clear()
+        cut_update(np.array([11, 9, 8, 8, 7, 6], np.int32) * SAMPLE_RATE_HZ, 2, 8, seconds * SAMPLE_RATE_HZ)
+        assert len(passes) < 12
 
 
 def test_promise_1_every_cut_holds_the_same_update() -> None:

@@ -523,7 +523,7 @@ def test_a_rank_that_hangs_stops_the_others_in_bounded_time(
         pytest.param(1, {"where": "SIGUSR1", "step": 2}, 143, 3, marks=pytest.mark.slow),
         pytest.param(1, {"where": "SIGINT", "step": 3, "evaluating": True}, 130, 3, marks=pytest.mark.slow),
         pytest.param(2, {"where": "SIGTERM", "step": 2, "rank": 1}, 143, 3, marks=pytest.mark.slow),
-        (2, {"where": "SIGINT", "step": 6, "rank": 0, "evaluating": True}, 130, 6),
+        pytest.param(2, {"where": "SIGINT", "step": 6, "rank": 0, "evaluating": True}, 130, 6, marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
@@ -602,7 +602,8 @@ def test_launcher_starts_two_processes_without_a_gpu(prepared: Path, tmp_path: P
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
-@pytest.mark.parametrize("to_group", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["launcher", "group"])
+@pytest.mark.slow
+@pytest.mark.parametrize("to_group", [False, True], ids=["launcher", "group"])
 def test_training_ends_with_its_launcher(to_group: bool, prepared: Path, tmp_path: Path) -> None:
     """Trap 26: SIGTERM to the launcher alone, or to its loaders too, leaves a checkpoint and no process behind."""
     recipe = write_recipe(

@@ -203,6 +203,7 @@ def test_token_collapse_is_read_and_said(healthy: tuple[Path, Path, str]) -> Non
     )
 
 
+@pytest.mark.slow
 def test_too_slow(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     log = evaluations(trainer.train(trainer.data(), learning_rate=1e-6, max_steps=200, num_train_epochs=1))
     assert log["state"].tolist() == ["before the plateau", "too slow", "too slow", "too slow"]
@@ -212,6 +213,7 @@ def test_too_slow(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     assert "raise --learning_rate (it is 1e-06)" in screen
 
 
+@pytest.mark.slow
 def test_stuck_at_an_absurd_learning_rate(trainer: Trainer, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = trainer.train(trainer.data(), learning_rate=0.5, lr_scheduler_type="constant", max_steps=200)
     log = evaluations(run_dir)
@@ -245,7 +247,8 @@ def test_unknown_tokens(trainer: Trainer, capsys: pytest.CaptureFixture[str]) ->
     assert "characters that the vocabulary lacks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("scale", "offset"), [(0.001, 0), pytest.param(0.01, 20_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("scale", "offset"), [(0.001, 0), (0.01, 20_000)])
 def test_unnormalised_audio(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scale: float, offset: int
 ) -> None:

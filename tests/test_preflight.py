@@ -348,6 +348,7 @@ def test_auto_finds_a_budget_that_fits_and_changes_no_update(
         np.testing.assert_allclose(plain[column], auto[column], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_memory_that_really_runs_out_in_an_update_changes_nothing(
     prepared: Path, tmp_path: Path, run: Callable[..., int], check: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
