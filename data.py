@@ -314,7 +314,8 @@ def _even_chunks(
     """
     chunks = _chunks_by_samples(order, num_samples, max_batch_samples)
     wanted = math.ceil(len(chunks) / num_processes) * num_processes
-    too_small, enough = float(num_samples[order[0]]), max_batch_samples
+    longest = float(num_samples[order[0]])
+    too_small, enough = longest, min(max_batch_samples, longest * len(order))
     while enough - too_small > EVENNESS * enough:
         middle = (too_small + enough) / 2
         found = _chunks_by_samples(order, num_samples, middle)
