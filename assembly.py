@@ -1,5 +1,6 @@
 """What a run is made of before its first step: data, model, optimizer, plan. Nothing here writes into a run."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from overlap import find_overlap
 from pretrained import load_model
 from processes import RankStatus, SharedGradients, check_same_on_all_ranks, main_first
 from selection import draw_subset, select_training_rows
+from slices import Trained, draw_stratified
 from text import TextNormalizer
 from transcripts import measure_texts
 
@@ -94,8 +96,21 @@ class Assembly:
         self.selection = select_training_rows(self.train_set, config, self.texts["train"], self.overlap, self.hf_config)
         self.num_labels = self.selection.num_labels
         candidates = self.selection.rows if config.eval_split == "train" else np.arange(len(self.eval_set))
-        self.eval_rows = draw_subset(candidates, config.max_eval_samples, config.seed)
+        self.eval_rows = candidates
+        if config.max_eval_samples is not None and config.max_eval_samples < len(candidates):
+            trained = None if self.eval_set is self.train_set else self.trained
+            self.eval_rows = draw_stratified(self.eval_set, candidates, trained, config.max_eval_samples, config.seed)
         self.sample_rows = draw_subset(self.eval_rows, SAMPLE_UTTERANCES, config.seed)
+
+    @functools.cached_property
+    def trained(self) -> Trained:
+        """Speakers and sentences that training hears."""
+        return Trained.of(self.train_set, self.selection.reasons == 0)
+
+    @property
+    def num_workers(self) -> int:
+        """Loading processes of an evaluation."""
+        return self.config.dataloader_num_workers
 
     @property
     def utterances_per_update(self) -> int:

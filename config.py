@@ -259,6 +259,64 @@ class PreflightConfig(TrainConfig):
         return {"data_dir": "the folder that prepare.py wrote"}
 
 
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of evaluate.py."""
+
+    model_name_or_path: str = ""
+    """Fine-tuned model: RUN/model, another folder, or a name on the Hugging Face hub."""
+    data_dir: str = ""
+    """Folder that prepare.py wrote."""
+    split: Literal["test", "dev", "train"] = "test"
+    """Split to score, whole."""
+    output_dir: str | None = None
+    """Folder for results.json and utterances.csv; evaluation_SPLIT beside the model when not given, or here for a model
+    of the hub."""
+    slices: list[str] = dataclasses.field(default_factory=list)
+    """Columns of the corpus to break the rates down by, and `duration`, `speech_rate`, `snr`, `sentence_in_train`,
+    `speaker_in_train`; all that divide the set when not given."""
+    compare: str | None = None
+    """Results of another model on the same split (a folder that evaluate.py wrote), or another model, which is then
+    scored too."""
+    unknown: Literal["count", "drop_character", "drop_utterance"] = "count"
+    """Letters that the vocabulary lacks: `count` as errors, `drop_character` from the references, or `drop_utterance`
+    to score only the others."""
+    characters_to_ignore: str | None = None
+    """Characters removed from references; those of the model's training when not given."""
+    case: Literal["auto", "upper", "lower", "keep"] | None = None
+    """Case of the references; that of the model's training when not given."""
+    max_eval_samples: int | None = None
+    """Score a fixed, stratified subset of this size."""
+    per_device_eval_batch_size: int = 8
+    """Utterances per batch; has no influence on the result."""
+    max_batch_seconds: float | None = None
+    """Cut batches by padded seconds of audio instead of by count."""
+    memory_limit_mb: float | None = None
+    """Megabytes (10^6 bytes) that each process may use; all that is free when not given."""
+    dataloader_num_workers: int = 1
+    """Processes per rank that load and pad ahead; 0 loads in the process itself."""
+    ddp_timeout: int = 1800
+    """Seconds after which the processes give up waiting for one that does not answer."""
+    seed: int = 42
+    """Decides the subset."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        needed = {"model_name_or_path": "a fine-tuned model", "data_dir": "the folder that prepare.py wrote"}
+        found = [f"--{name} is missing: name {meaning}" for name, meaning in needed.items() if not getattr(self, name)]
+        for name in ("per_device_eval_batch_size", "ddp_timeout"):
+            if getattr(self, name) < 1:
+                found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
+        for name in ("max_eval_samples", "max_batch_seconds", "memory_limit_mb"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
+        if self.dataloader_num_workers < 0:
+            found.append(f"--dataloader_num_workers is {self.dataloader_num_workers}, it cannot be negative")
+        if not 0 <= self.seed < SEED_LIMIT:
+            found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
+        return found
+
+
 def parse_arguments(config_class: type[Config], arguments: list[str], description: str) -> Config:
     """The settings of one command: defaults, then the YAML file of `--config`, then flags.
 

@@ -355,6 +355,7 @@ class Batch:
 
     Attributes:
         ids: of the utterances, B.
+        rows: of the dataset, int [B].
         texts: normalised references, B.
         raw_texts: references as found, B.
         input_values_BS: float32 waveforms, zero behind each row's end.
@@ -367,6 +368,7 @@ class Batch:
     """
 
     ids: list[str]
+    rows: np.ndarray
     texts: list[str]
     raw_texts: list[str]
     input_values_BS: torch.Tensor
@@ -410,6 +412,7 @@ class Batch:
         return replace(
             self,
             ids=self.ids[start:stop],
+            rows=self.rows[start:stop],
             texts=self.texts[start:stop],
             raw_texts=self.raw_texts[start:stop],
             input_values_BS=self.input_values_BS[start:stop, :samples].contiguous(),
@@ -467,6 +470,7 @@ class Collator:
         time_mask, feature_mask = (None, None) if epoch is None else self._masks(frames, rows, epoch)
         return Batch(
             ids=[utterance.id for utterance in utterances],
+            rows=rows,
             texts=texts,
             raw_texts=[utterance.text for utterance in utterances],
             input_values_BS=torch.from_numpy(padded),

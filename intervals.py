@@ -16,6 +16,9 @@ RESAMPLES = 1_000
 MIN_SPEAKERS = 10
 # With fewer units that hold an error, or a difference, some resamples hold none and say nothing about the spread.
 MIN_UNITS_WITH_ERRORS = 10
+# A resample with less than this share of the whole's spread has missed what makes the spread (a model that is wrong
+# everywhere but in a few places), and no t can be had from it: the limits are then those of the resampled rates.
+LEAST_SPREAD = 0.1
 # Share of true differences of the size of `Difference.detectable` that a set of this size shows.
 POWER = 0.8
 # More units than these are drawn in random blocks, whose sums are as independent; the time stays under a tenth of a
@@ -118,10 +121,13 @@ def _ratio_interval(errors_U: np.ndarray, lengths_U: np.ndarray, is_difference: 
     moments_U5 = _moments(errors_U, lengths_U)
     resampled_R5 = _resample(moments_U5)
     rates_R = resampled_R5[:, 0] / np.maximum(resampled_R5[:, 1], 1.0)
-    errors_R = np.maximum(_standard_errors(resampled_R5, len(errors_U)), 1e-12)
-    tail = (1 - CONFIDENCE) / 2
-    t_low, t_high = np.quantile((rates_R - rate) / errors_R, [tail, 1 - tail])
+    errors_R = _standard_errors(resampled_R5, len(errors_U))
     error = float(_standard_errors(moments_U5.sum(0), len(errors_U)))
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    if (errors_R < LEAST_SPREAD * error).any() or not error:
+        low, high = np.quantile(rates_R, tails)
+        return rate, float(low), float(high)
+    t_low, t_high = np.quantile((rates_R - rate) / errors_R, tails)
     return rate, rate - float(t_high) * error, rate - float(t_low) * error
 
 

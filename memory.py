@@ -129,6 +129,7 @@ class Passes:
         mask_BT, mask_BH = self._masks(shape.rows, max(frames))
         return Batch(
             ids=[f"probe {row}" for row in range(shape.rows)],
+            rows=np.arange(shape.rows),
             texts=[""] * shape.rows,
             raw_texts=[""] * shape.rows,
             input_values_BS=input_values_BS,

@@ -6,6 +6,7 @@ B: utterances, S: samples, T: frames, V: vocabulary, L: labels.
 import hashlib
 import heapq
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field, fields
 
@@ -17,6 +18,10 @@ from text import Vocabulary
 
 # Below this difference of the two highest logits another batch size may turn the argmax (promise 2).
 NEAR_TIE_LOGITS = 1e-4
+# What is kept of each utterance: `astuple` of its word errors, then of its character errors.
+COUNT_COLUMNS = tuple(
+    f"{unit}_{part}" for unit in ("word", "character") for part in ("insertions", "deletions", "substitutions", "hits")
+)
 # Distinct hypotheses are counted up to here: a collapsed model has a handful, and a score stays 8 kB whatever it saw.
 MAX_DISTINCT_HYPOTHESES = 1_000
 # Six bytes: a float64 holds the hash exactly, and a thousand texts collide once in half a billion evaluations.
@@ -281,7 +286,7 @@ def score_batch(
     raw_references: Sequence[str],
     loss_sum: float = 0.0,
     labels: int = 0,
-) -> tuple[Score, list[str]]:
+) -> tuple[Score, list["TextScore"]]:
     """Decode one batch and count; nothing of the size of the logits is kept.
 
     Args:
@@ -294,7 +299,7 @@ def score_batch(
         labels: of the batch.
 
     Returns:
-        The score and the B hypotheses.
+        The score and the B texts.
     """
     frames, ids_BT = _score_frames(logits_BTV, frame_lengths_B, vocabulary.blank_id)
     rows = _collapse(ids_BT, frame_lengths_B, vocabulary)
@@ -311,9 +316,8 @@ def score_batch(
         unknown_reference_labels=int(np.count_nonzero(expected == vocabulary.unknown_id)),
         distinct_hypotheses=DistinctTexts.of(hypotheses),
     )
-    for reference, raw_reference, hypothesis in zip(references, raw_references, hypotheses, strict=True):
-        score += score_text(reference, raw_reference, hypothesis)
-    return score, hypotheses
+    texts = [score_text(*of_one) for of_one in zip(references, raw_references, hypotheses, strict=True)]
+    return sum((text.score for text in texts), score), texts
 
 
 def score_inputs(input_values_BS: torch.Tensor, sample_lengths_B: torch.Tensor) -> Score:
@@ -332,23 +336,65 @@ def score_inputs(input_values_BS: torch.Tensor, sample_lengths_B: torch.Tensor) 
     return Score(unfit_inputs=unfit)
 
 
-def score_text(reference: str, raw_reference: str, hypothesis: str) -> Score:
-    """The error counts of one utterance; what needs logits stays 0."""
-    words = count_word_errors(reference, hypothesis)
-    return Score(
-        words=words,
+@dataclass(frozen=True)
+class TextScore:
+    """One utterance: what was decoded, and its errors."""
+
+    hypothesis: str
+    words: ErrorCounts
+    characters: ErrorCounts
+    raw_words: ErrorCounts
+
+    @property
+    def score(self) -> Score:
+        """As a part of the sum; what needs logits is 0."""
+        return Score(
+            words=self.words,
+            characters=self.characters,
+            raw_words=self.raw_words,
+            utterances_with_error=int(self.words.errors > 0),
+        )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The values of COUNT_COLUMNS."""
+        return *astuple(self.words), *astuple(self.characters)
+
+
+def score_text(reference: str, raw_reference: str, hypothesis: str) -> TextScore:
+    """Count the errors of one utterance against the normalised text and the text as found."""
+    return TextScore(
+        hypothesis,
+        words=count_word_errors(reference, hypothesis),
         characters=count_character_errors(reference, hypothesis),
         raw_words=count_word_errors(raw_reference, hypothesis),
-        utterances_with_error=int(words.errors > 0),
     )
 
 
-def score_by(groups: Sequence[str], references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, ErrorCounts]:
-    """Word errors of each group (speaker, seen or unseen), in the order of first appearance."""
-    counts: dict[str, ErrorCounts] = {}
-    for group, reference, hypothesis in zip(groups, references, hypotheses, strict=True):
-        counts[group] = counts.get(group, ErrorCounts()) + count_word_errors(reference, hypothesis)
-    return counts
+@dataclass
+class LetterCounts:
+    """How often each letter (code point) of the references stands at its place in the hypotheses."""
+
+    occurrences: Counter[str] = field(default_factory=Counter)
+    hits: Counter[str] = field(default_factory=Counter)
+
+    def add(self, reference: str, hypothesis: str) -> None:
+        """Count one utterance, aligned with the least edits; spaces are no letters."""
+        reference, hypothesis = _composed(reference).strip(), _composed(hypothesis).strip()
+        letters = Counter(reference)
+        self.occurrences += letters
+        self.hits += letters
+        if reference != hypothesis:
+            edits = Levenshtein.editops(reference, hypothesis).as_list()
+            self.hits -= Counter(reference[place] for edit, place, _ in edits if edit != "insert")
+        del self.occurrences[" "], self.hits[" "]
+
+    def recall(self, letter: str) -> float:
+        """Share of its occurrences that were found."""
+        return self.hits[letter] / self.occurrences[letter]
+
+    def __add__(self, other: "LetterCounts") -> "LetterCounts":
+        return LetterCounts(self.occurrences + other.occurrences, self.hits + other.hits)
 
 
 def _valid_frames(num_frames: int, frame_lengths_B: torch.Tensor) -> torch.Tensor:

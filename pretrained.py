@@ -106,7 +106,7 @@ def load_model(config: "TrainConfig", training_texts: Callable[[], Iterable[str]
 
 
 def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
-    folder = _find_checkpoint_folder(config.model_name_or_path)
+    folder = find_checkpoint_folder(config.model_name_or_path)
     hf_config = _read_config(folder)
     _override(hf_config, config.model_overrides or {}, "model_overrides")
     _check_architecture(hf_config, folder)
@@ -173,8 +173,12 @@ def _assemble(
     return LoadedModel(model, processor, Vocabulary.from_tokenizer(tokenizer), notes, head_fits)
 
 
-def _find_checkpoint_folder(name: str) -> Path:
-    """The folder itself, or the snapshot of a Hub repository, downloaded when it is not on the disk yet."""
+def find_checkpoint_folder(name: str) -> Path:
+    """The folder itself, or the snapshot of a Hub repository, downloaded when it is not on the disk yet.
+
+    Raises:
+        UsageError: there is neither.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

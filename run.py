@@ -5,6 +5,7 @@ rate are functions of the seed and the step.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from assembly import Assembly
 from atomic import UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
+from data import ShardDataset
 from errors import Stopped, UsageError
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
@@ -37,15 +39,30 @@ from processes import describe_processes
 from progress import Progress
 from recovery import Cuts
 from schedule import learning_rate_at
+from scoring import Evaluation, rates
 from selection import draw_subset
+from slices import Breakdown, describe_slice
 from stopping import StopSignals
 
 SAMPLES_SHOWN = 3
+# A second of audio in an evaluation costs about a third of one in training: no backward pass. The field notes' base and
+# large models have 0.26 to 0.40.
+EVALUATION_COST = 1 / 3
+# From this share of the run on, an evaluation comes with what would make it cheaper.
+LARGE_EVALUATION = 0.25
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
     *("config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv"),
-    *("bad_batches.csv", "train_results.json", "checkpoints", "model", "model.new", *preflight.REPORT_FILES),
+    *(
+        "eval_slices.csv",
+        "bad_batches.csv",
+        "train_results.json",
+        "checkpoints",
+        "model",
+        "model.new",
+        *preflight.REPORT_FILES,
+    ),
     *(TRACKER_PROJECT, "wandb"),
 )
 
@@ -79,6 +96,7 @@ class RunState:
     elapsed_seconds: float = 0.0
     log_bytes: int = 0
     sample_bytes: int = 0
+    slice_bytes: int = 0
     bad_batch_bytes: int = 0
 
 
@@ -107,9 +125,9 @@ class Run(Assembly):
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
         checkpointing = "" if config.gradient_checkpointing else "give --gradient_checkpointing, "
         self.cuts = Cuts(
-            "update", f"{checkpointing}lower --max_duration_in_seconds, or use a smaller model", self._report_loudly
+            "update", f"{checkpointing}lower --max_duration_in_seconds, or use a smaller model", self._report_retry
         )
-        self.eval_cuts = Cuts("evaluation", "cut the clip, or use a smaller model", self._report_loudly)
+        self.eval_cuts = Cuts("evaluation", "cut the clip, or use a smaller model", self._report_retry)
         if config.report_to:
             accelerator.init_trackers(TRACKER_PROJECT, config={k: str(v) for k, v in asdict(config).items()})
 
@@ -219,6 +237,7 @@ class Run(Assembly):
             self._open_tables()
             self.log.truncate(self.state.log_bytes)
             self.samples.truncate(self.state.sample_bytes)
+            self.slices.truncate(self.state.slice_bytes)
             if self._bad_batches_path.exists():
                 runlog.BadBatchTable(self._bad_batches_path).truncate(self.state.bad_batch_bytes)
             disk = self._check_disk()
@@ -231,6 +250,7 @@ class Run(Assembly):
     def _open_tables(self) -> None:
         self.log = runlog.TrainingLog(self.folder / "training_log.csv")
         self.samples = runlog.SampleTable(self.folder / "eval_samples.csv")
+        self.slices = runlog.SliceTable(self.folder / "eval_slices.csv")
 
     def _describe(self, disk: str) -> list[str]:
         """The screen at the start, one line per fact."""
@@ -253,14 +273,46 @@ class Run(Assembly):
             "of audio" + (f"; cut at {self.max_batch_seconds:g} s of padded audio" if self.max_batch_seconds else ""),
             f"run         {self.total_steps} updates, {self.plan.updates_per_epoch} per epoch; precision "
             f"{facts['mixed_precision']} on {facts['device']}, {facts['distributed_type']}; seed {config.seed}",
+            f"evaluation  {self._describe_evaluations()}",
             f"disk        {disk}",
         ]
+
+    def _describe_evaluations(self) -> str:
+        """How often, on how much, and what share of the run that takes: known before the first night is lost to it."""
+        rows, total = self.eval_rows, self.total_steps
+        count = math.ceil(total / self.config.eval_steps)
+        evaluated = count * float(self.eval_set.num_samples[rows].sum(dtype=np.int64)) * EVALUATION_COST
+        trained = float(self.plan.num_samples.mean()) * self.state.utterances_per_update * total
+        share = evaluated / (evaluated + trained)
+        said = f"{len(rows):,} of {len(self.eval_set):,} clips, {count} times: about {share:.0%} of the run"
+        fewer = int(len(rows) * trained / 9 / max(evaluated, 1))  # a tenth of the run
+        if share > LARGE_EVALUATION and fewer > 0:
+            said += f"; --max_eval_samples {fewer} would make it 10%, and the best model is scored on all at the end"
+        return said
 
     def _check_disk(self) -> str:
         finding = preflight.check_disk(self.folder, preflight.disk_bytes(self))
         if finding.verdict == "refused":
             raise UsageError(f"{finding.result}: {finding.remedy}")
         return finding.result
+
+    # How evaluations are divided
+
+    @functools.cached_property
+    def eval_breakdown(self) -> Breakdown:
+        """Of the dev rows that are scored while training."""
+        return self.breakdown(self.eval_set, self.eval_rows)
+
+    @functools.cached_property
+    def test_breakdown(self) -> Breakdown:
+        """Of the test split."""
+        return self.breakdown(self.test_set, np.arange(len(self.test_set)))
+
+    def breakdown(self, dataset: ShardDataset, rows: np.ndarray) -> Breakdown:
+        """Of `rows` of a split."""
+        # Of what trains, all is known.
+        trained = None if dataset is self.train_set else self.trained
+        return Breakdown.of(dataset, rows, self.texts[dataset.folder.name].num_labels[rows], trained)
 
     # What is written while training
 
@@ -269,14 +321,18 @@ class Run(Assembly):
         self._log_row(self._training_values(), progress)
 
     def log_evaluation(
-        self, score: Score, seconds: float, samples: list[dict[str, object]], progress: Progress
+        self, evaluation: Evaluation, seconds: float, samples: list[dict[str, object]], progress: Progress
     ) -> None:
-        """A row with the scores, the samples, the plot; and model/, when the WER is the best so far."""
+        """A row with the scores, the slices, the samples, the plot; and model/, when the WER is the best so far."""
+        score = evaluation.score
         values = self._training_values() if self.state.step else {}
         values |= evaluation_values(score) | {"eval_runtime": seconds}
+        values |= rates(evaluation, self.eval_breakdown.speakers, "eval_")
         remarks = self._diagnose(values) if self.is_main else []
         self._log_row(values, progress)
         if self.is_main:
+            slices = self.eval_breakdown.score(evaluation.counts)
+            self.slices.append(*({"step": self.state.step} | describe_slice(one) for one in slices))
             self.samples.append(*samples)
             for sample in samples[:SAMPLES_SHOWN]:
                 progress.print(f"    reference  {sample['reference']}\n    prediction {sample['prediction']}")
@@ -309,6 +365,7 @@ class Run(Assembly):
         self._started_at = time.monotonic()
         if self.is_main:
             state.log_bytes, state.sample_bytes = self.log.length_bytes, self.samples.length_bytes
+            state.slice_bytes = self.slices.length_bytes
             path = self._bad_batches_path
             state.bad_batch_bytes = path.stat().st_size if path.exists() else 0
             tensors = {f"model/{name}": value for name, value in self.model.hf.state_dict().items()}
@@ -330,6 +387,10 @@ class Run(Assembly):
     @property
     def _bad_batches_path(self) -> Path:
         return self.folder / "bad_batches.csv"
+
+    def _report_retry(self, message: str) -> None:
+        self.meter.count("oom_retries")
+        self._report_loudly(message)
 
     def _report_loudly(self, message: str) -> None:
         """A line on stderr, from whichever rank it happened to."""

@@ -26,7 +26,11 @@ LOG_COLUMNS = {
     "train_loss": "CTC loss per label (nats), mean since the last row",
     "eval_loss": "CTC loss per label (nats) of the dev set",
     "eval_wer": "word error rate of the dev set, a fraction, on normalised texts",
+    "eval_wer_low": "its lower limit, with 95 % confidence; see intervals.py",
+    "eval_wer_high": "its upper limit",
     "eval_cer": "character error rate of the dev set, a fraction",
+    "eval_cer_low": "its lower limit",
+    "eval_cer_high": "its upper limit",
     "eval_raw_wer": "word error rate against the texts as found",
     "eval_sentence_error_rate": "share of dev utterances with a word error",
     "eval_near_ties": "dev frames whose label may turn with the batch size",
@@ -57,6 +61,7 @@ LOG_COLUMNS = {
     "peak_memory_mb": "of the GPU where there is one, else of the process",
     "elapsed_seconds": "of training since the start, resumes included",
 }
+SLICE_COLUMNS = ("step", "slice", "group", "utterances", "wer", "wer_low", "wer_high", "cer", "unit", "is_small")
 SAMPLE_COLUMNS = ("step", "id", "reference", "prediction")
 # `step` as in the log, which the update would have brought about; `loss` is the sum over the clip's labels.
 BAD_BATCH_COLUMNS = ("step", "id", "seconds", "labels", "loss")
@@ -140,6 +145,13 @@ class SampleTable(AppendOnlyTable):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, SAMPLE_COLUMNS)
+
+
+class SliceTable(AppendOnlyTable):
+    """eval_slices.csv: the error rates of each group of dev utterances at every evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, SLICE_COLUMNS)
 
 
 class BadBatchTable(AppendOnlyTable):

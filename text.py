@@ -230,6 +230,11 @@ class Vocabulary:
         labels = self._ids_by_code[np.minimum(codes, len(self._ids_by_code) - 1)]
         return np.delete(labels, ends), np.diff(ends, prepend=-1) - 1
 
+    def without_unknown(self, text: str) -> str:
+        """A normalised text less the characters that have no label."""
+        kept = (character for character in text if self.characters.issuperset(self._as_labelled(character)))
+        return " ".join("".join(kept).split())
+
     def decode_labels(self, ids_L: Iterable[int]) -> str:
         """Labels -> text, without the collapse of repeats that CTC frames need; blanks vanish.
 

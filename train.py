@@ -17,7 +17,6 @@ import allocator  # noqa: F401 - before torch
 
 import contextlib
 import dataclasses
-import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -27,22 +26,22 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from audio import SAMPLE_RATE_HZ
 from config import PrepareConfig, TrainConfig, parse_arguments
-from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
-from metrics import Score, score_batch, score_inputs
+from data import Batch, Update, evaluation_loader, training_loader
 from processes import describe_loss, is_lost_process, start_processes
 from progress import Progress, format_seconds
 from recovery import is_out_of_memory
 from run import Run, choose_beginning
 from schedule import learning_rate_at
+from scoring import OTHER_IS_OUT_OF_MEMORY, evaluate, rates, score_in_cuts
+from slices import describe_slice
 from stopping import end_loaders
-from text import required_frames
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 # How a rank's try at an update went; the worst of all ranks counts.
 DONE, TRIES_AGAIN, GIVES_UP = range(3)
-OTHER_IS_OUT_OF_MEMORY = "another process of the run is out of memory; its own message says where"
+# Groups of the slice `speaker_in_train`, and what the results call them.
+VOICES = {"yes": "seen", "no": "unseen"}
 
 
 def main() -> None:
@@ -147,12 +146,10 @@ def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Te
     losses, failure = None, None
     while True:
         if losses is None:
-            retries = run.cuts.retries
             try:
                 losses = run.cuts.attempt(lambda: pass_micro_batches(run, update))
             except RunFailed as error:
                 failure = error
-            run.meter.count("oom_retries", run.cuts.retries - retries)
         own_status = GIVES_UP if failure else TRIES_AGAIN if losses is None else DONE
         status, run.stop.agreed = run.status.worst(own_status, run.stop.requested)
         if status == GIVES_UP:
@@ -177,71 +174,12 @@ def pass_micro_batches(run: Run, update: Update) -> list[tuple[Batch, torch.Tens
     return losses
 
 
-@torch.no_grad()
-def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> Score:
-    """Score `rows` of `dataset`, each once on one rank; scores of the ranks are added, and no logits are kept.
-
-    Raises:
-        Stopped: a rank was asked to.
-    """
-    run.model.eval()
-    score = Score()
-    loader = evaluation_loader(dataset, rows, run.collate, run.eval_cut, run.config.dataloader_num_workers)
-    with Progress(description, len(loader), "batches", run.is_main) as progress:
-        failure = None
-        for batch in loader:
-            if run.stop.requested:
-                break
-            try:
-                score += score_in_cuts(run, batch)[0]
-            except RunFailed as error:
-                failure = error
-                break
-            progress.advance(audio_seconds=batch.num_samples / SAMPLE_RATE_HZ)
-    status, run.stop.agreed = run.status.worst(GIVES_UP if failure else DONE, run.stop.requested)
-    if status == GIVES_UP:
-        raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
-    run.stop.check()
-    vectors = run.accelerator.gather(score.to_vector().to(run.accelerator.device)[None])
-    return sum(map(Score.from_vector, vectors.cpu()), Score())
-
-
-def score_in_cuts(run: Run, batch: Batch) -> tuple[Score, list[str]]:
-    """Score and hypotheses of one batch, in smaller cuts when memory runs out: the scores are the same."""
-    retries = run.eval_cuts.retries
-    while (results := run.eval_cuts.attempt(lambda: score_pieces(run, batch))) is None:
-        pass
-    run.meter.count("oom_retries", run.eval_cuts.retries - retries)
-    return sum((score for score, _ in results), Score()), [text for _, texts in results for text in texts]
-
-
-def score_pieces(run: Run, batch: Batch) -> list[tuple[Score, list[str]]]:
-    """`score_one` of every piece that the limit makes of a batch."""
-    return [score_one(run, piece) for piece in run.eval_cuts.divide([batch])]
-
-
-def score_one(run: Run, batch: Batch) -> tuple[Score, list[str]]:
-    """Decode and count one batch; returns the hypotheses too."""
-    with run.memory_limit.watch():
-        logits_BTV, frame_lengths_B, loss_B = run.forward(batch)
-    # A row with more labels than frames has no CTC loss; its words are counted, its labels do not thin the loss out.
-    labels = batch.labels_L.split(batch.label_lengths_B.tolist())
-    has_loss = [
-        frames >= required_frames(row.numpy()) for frames, row in zip(frame_lengths_B.tolist(), labels, strict=True)
-    ]
-    score, hypotheses = score_batch(
-        logits_BTV, frame_lengths_B, run.vocabulary, batch.texts, batch.raw_texts,
-        loss_sum=float(loss_B.sum()), labels=int(batch.label_lengths_B[torch.tensor(has_loss)].sum()),
-    )  # fmt: skip
-    return score + score_inputs(batch.input_values_BS, batch.sample_lengths_B), hypotheses
-
-
 def evaluate_and_log(run: Run, progress: Progress) -> None:
     """Evaluate on the dev set, and write the same few utterances out as text."""
     run.meter.pause()
     started_at = time.perf_counter()
-    score = evaluate(run, run.eval_set, run.eval_rows, "evaluating")
-    run.log_evaluation(score, time.perf_counter() - started_at, transcribe_samples(run), progress)
+    evaluation = evaluate(run, run.eval_set, run.eval_rows, "evaluating")
+    run.log_evaluation(evaluation, time.perf_counter() - started_at, transcribe_samples(run), progress)
     run.meter.start()
 
 
@@ -252,10 +190,9 @@ def transcribe_samples(run: Run) -> list[dict[str, object]]:
     if run.is_main:
         alone = dataclasses.replace(run.eval_cut, rank=0, num_processes=1)
         for batch in evaluation_loader(run.eval_set, run.sample_rows, run.collate, alone, num_workers=0):
-            hypotheses = score_in_cuts(run, batch)[1]
-            for utterance_id, reference, hypothesis in zip(batch.ids, batch.texts, hypotheses, strict=True):
+            for utterance_id, reference, text in zip(batch.ids, batch.texts, score_in_cuts(run, batch)[1], strict=True):
                 samples.append(
-                    {"step": run.state.step, "id": utterance_id, "reference": reference, "prediction": hypothesis}
+                    {"step": run.state.step, "id": utterance_id, "reference": reference, "prediction": text.hypothesis}
                 )
     return samples
 
@@ -268,24 +205,34 @@ def score_before_training(run: Run, progress: Progress) -> None:
     evaluate_and_log(run, progress)
 
 
-def evaluate_test(run: Run) -> dict[str, float]:
-    """WER and CER of the test split; by speakers heard and not heard in training, where speakers are known."""
-    trained = set(itertools.compress(run.train_set.column("speaker"), run.selection.reasons == 0))
-    is_seen = np.array([speaker in trained for speaker in run.test_set.column("speaker")], bool)
-    parts = {"seen": np.flatnonzero(is_seen), "unseen": np.flatnonzero(~is_seen)}
-    scores = {name: evaluate(run, run.test_set, rows, "test set") for name, rows in parts.items() if len(rows)}
-    total = sum(scores.values(), Score())
-    results = {"test_wer": total.wer, "test_cer": total.cer, "test_raw_wer": total.raw_wer, "test_loss": total.loss}
-    if trained != {""}:
-        results |= {f"test_wer_{name}_speakers": score.wer for name, score in scores.items()}
-    return results
+def evaluate_test(run: Run) -> dict[str, object]:
+    """The test split's rates with their limits, and those of its slices; known and new voices apart."""
+    evaluation = evaluate(run, run.test_set, np.arange(len(run.test_set)), "test set")
+    results = rates(evaluation, run.test_breakdown.speakers, "test_")
+    results |= {"test_raw_wer": evaluation.score.raw_wer, "test_loss": evaluation.score.loss}
+    slices = run.test_breakdown.score(evaluation.counts)
+    for one in slices:
+        if one.name == "speaker_in_train" and one.group in VOICES:
+            results[f"test_wer_{VOICES[one.group]}_speakers"] = one.wer.rate
+    return results | {"test_slices": list(map(describe_slice, slices))}
+
+
+def evaluate_all_of_dev(run: Run) -> dict[str, object]:
+    """The dev split as a whole, where training looked at a subset of it."""
+    if run.config.eval_split == "train" or len(run.eval_rows) == len(run.eval_set):
+        return {}
+    rows = np.arange(len(run.eval_set))
+    evaluation, breakdown = evaluate(run, run.eval_set, rows, "all of dev"), run.breakdown(run.eval_set, rows)
+    slices = breakdown.score(evaluation.counts)
+    return rates(evaluation, breakdown.speakers, "eval_full_") | {"eval_full_slices": list(map(describe_slice, slices))}
 
 
 def finish(run: Run) -> None:
     """Score the test split with the best model, write train_results.json and say what came out."""
     results = run.training_results()
+    run.load_best()
+    results |= evaluate_all_of_dev(run)
     if run.test_set is not None:
-        run.load_best()
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:
@@ -299,6 +246,7 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
     lines = ["", f"finished: {run.state.step} updates in {format_seconds(results['train_runtime'])} of training"]
     for name, meaning in (
         ("best_eval_wer", f"{run.eval_set.folder.name} WER, best at step {run.state.best_step}"),
+        ("eval_full_wer", f"  all {len(run.eval_set):,} utterances of it"),
         ("test_wer", "test WER, best model"),
         ("test_wer_seen_speakers", "  unseen strings, known voices" if is_demo else "  voices heard in training"),
         ("test_wer_unseen_speakers", "  unseen strings, unseen voice" if is_demo else "  voices never heard"),
@@ -306,7 +254,7 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
         if name in results:
             before = results.get(f"{name.replace('best_', '')}_before")
             behind = f"   (before training {before:.2%})" if before is not None else ""
-            lines.append(f"  {meaning:<32} {results[name]:7.2%}{behind}")
+            lines.append(f"  {meaning:<32} {results[name]:7.2%}{describe_interval(results, name)}{behind}")
     folder = run.folder
     clip = Path(run.config.data_dir) / "demo_corpus" / run.test_set[0].id if is_demo and run.test_set else "CLIP.wav"
     return [
@@ -317,6 +265,13 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
         f"print(pipeline('automatic-speech-recognition', model='{folder / 'model'}')"
         "({'raw': raw, 'sampling_rate': rate})['text'])\"",
     ]
+
+
+def describe_interval(results: dict[str, object], name: str) -> str:
+    """The interval of a rate behind it, where it has one."""
+    if f"{name}_low" not in results:
+        return ""
+    return f"  [{results[f'{name}_low']:.2%}, {results[f'{name}_high']:.2%}]"
 
 
 @contextlib.contextmanager

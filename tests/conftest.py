@@ -83,14 +83,20 @@ def alone(
     return SimpleNamespace(num_processes=1, distributed_type=distributed_type, state=state)
 
 
-def write_part(folder: Path, rows: Sequence[tuple[str, np.ndarray, str, str]], rows_per_batch: int = 3) -> None:
-    """A shard part as prepare.py writes it, from (id, int16 audio, text, speaker) rows."""
+def write_part(
+    folder: Path,
+    rows: Sequence[tuple[str, np.ndarray, str, str]],
+    rows_per_batch: int = 3,
+    metadata: Sequence[dict[str, str]] = (),
+) -> None:
+    """A shard part as prepare.py writes it, from (id, int16 audio, text, speaker) rows and columns of the corpus."""
     folder.mkdir(parents=True)
     with (folder / "data.arrow").open("wb") as file:
-        writer = PartWriter(file, [])
+        writer = PartWriter(file, list(metadata[0]) if metadata else [])
         for number, (utterance_id, samples, text, speaker) in enumerate(rows, 1):
             clip = Clip(samples, measure(samples), SAMPLE_RATE_HZ, hashlib.sha256(samples.tobytes()).hexdigest())
-            writer.add(SourceRow(utterance_id, None, "", text, speaker, {}), clip)
+            of_corpus = metadata[number - 1] if metadata else {}
+            writer.add(SourceRow(utterance_id, None, "", text, speaker, of_corpus), clip)
             if number % rows_per_batch == 0:
                 writer._write_batch()
         facts = writer.finish() | {"schema_version": SCHEMA_VERSION}

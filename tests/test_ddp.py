@@ -134,13 +134,14 @@ def _run_out_of_memory(_: torch.Tensor) -> None:
 
 
 def _run_rank(record_path: Path, stop_at: int | None, failure: dict | None) -> int:
+    import scoring
     import train
     from errors import exit_status
 
     if failure:
         _inject(failure)
     record: dict[str, list] = {"gradients": [], "trained": [], "scored": []}
-    train_step, evaluate, score_one = train.train_step, train.evaluate, train.score_one
+    train_step, evaluate, score_one = train.train_step, train.evaluate, scoring.score_one
     evaluating = []
 
     def recording_train_step(run: train.Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,20 +152,21 @@ def _run_rank(record_path: Path, stop_at: int | None, failure: dict | None) -> i
         record["trained"].append([name for batch in update.micro_batches for name in batch.ids])
         return result
 
-    def recording_evaluate(*arguments: object) -> train.Score:
+    def recording_evaluate(*arguments: object) -> scoring.Evaluation:
         evaluating.append(True)
         try:
             return evaluate(*arguments)
         finally:
             evaluating.pop()
 
-    def recording_score_one(run: train.Run, batch: train.Batch) -> tuple[train.Score, list[str]]:
-        score, hypotheses = score_one(run, batch)
+    def recording_score_one(run: train.Run, batch: train.Batch) -> tuple:
+        score, texts = score_one(run, batch)
         if evaluating:
+            hypotheses = [text.hypothesis for text in texts]
             record["scored"] += [(run.state.step, *pair) for pair in zip(batch.ids, hypotheses, strict=True)]
-        return score, hypotheses
+        return score, texts
 
-    train.train_step, train.evaluate, train.score_one = recording_train_step, recording_evaluate, recording_score_one
+    train.train_step, train.evaluate, scoring.score_one = recording_train_step, recording_evaluate, recording_score_one
     try:
         return exit_status(train.main)
     finally:

@@ -101,6 +101,16 @@ def test_few_errors(errors: list[int], lengths: list[int], low: float, high: flo
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-6)
 
 
+def test_a_model_that_is_wrong_nearly_everywhere() -> None:
+    """All words wrong, and a few insertions: some resamples see no spread at all."""
+    lengths_N = np.full(40, 2)
+    errors_N = lengths_N + (np.arange(40) < 4)
+    interval = rate_interval(errors_N, lengths_N)
+    assert 1.0 <= interval.low < interval.rate < interval.high < 1.15
+    same = rate_interval(lengths_N, lengths_N)
+    assert (same.low, same.rate, same.high) == (1.0, 1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("found", "total", "low", "high"),
     # Table of Clopper and Pearson's limits, as in any textbook.

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from metrics import (
+    COUNT_COLUMNS,
     DistinctTexts,
     ErrorCounts,
+    LetterCounts,
     Score,
     count_character_errors,
     count_word_errors,
     greedy_decode,
     score_batch,
-    score_by,
     score_inputs,
     score_text,
 )
@@ -115,7 +116,7 @@ def test_word_errors_literal_table(reference: str, hypothesis: str, counts: Erro
 
 
 def test_rates_are_pooled_not_averaged() -> None:
-    score = score_text("a", "A", "b") + score_text(" ".join("abcdefgh"), "x", " ".join("abcdefgh"))
+    score = score_text("a", "A", "b").score + score_text(" ".join("abcdefgh"), "x", " ".join("abcdefgh")).score
     assert score.wer == 1 / 9
     assert score.raw_wer == (1 + 8) / 2
     assert score.utterances_with_error == 1
@@ -128,10 +129,10 @@ def test_score_batch_counts_frames_ties_and_empty_hypotheses() -> None:
         logits_BTV[0, frame, LARGE_960H_VOCABULARY.get(token, 0)] = 1.0
     logits_BTV[0, 1, 9] = 1.0 - 5e-5
     logits_BTV[1, :, 0] = 1.0
-    score, hypotheses = score_batch(
+    score, texts = score_batch(
         logits_BTV, torch.tensor([4, 3]), vocabulary, ["A B", "C"], ["a b", "C"], loss_sum=6.0, labels=4
     )
-    assert hypotheses == ["A B", ""]
+    assert [text.hypothesis for text in texts] == ["A B", ""]
     assert (score.utterances, score.utterances_with_error, score.empty_hypotheses) == (2, 1, 1)
     assert (score.frames, score.blank_frames, score.near_ties) == (7, 4, 1)
     assert (score.wer, score.raw_wer, score.sentence_error_rate, score.loss) == (1 / 3, 1.0, 0.5, 1.5)
@@ -145,8 +146,8 @@ def test_score_batch_counts_labels_unknowns_and_certainty() -> None:
         for frame, token in enumerate(tokens):
             logits_BTV[row, frame, LARGE_960H_VOCABULARY[token]] = 3.0
     logits_BTV[1, 3] = float("nan")  # padding
-    score, hypotheses = score_batch(logits_BTV, torch.tensor([4, 3]), vocabulary, ["AÉ", "A B"], ["", ""])
-    assert hypotheses == ["A<unk> <unk>", "A"]
+    score, texts = score_batch(logits_BTV, torch.tensor([4, 3]), vocabulary, ["AÉ", "A B"], ["", ""])
+    assert [text.hypothesis for text in texts] == ["A<unk> <unk>", "A"]
     assert (score.hypothesis_labels, score.unknown_hypothesis_labels, score.unknown_hypothesis_fraction) == (5, 2, 0.4)
     assert (score.reference_labels, score.unknown_reference_labels, score.label_length_ratio) == (5, 1, 1.0)
     assert score.unknown_reference_fraction == 0.2
@@ -209,8 +210,10 @@ def test_inputs_out_of_sane_limits_are_counted(scale: float, offset: float, is_f
 
 
 def test_vectors_hold_scores_whole() -> None:
-    one = score_text("a b c", "A b", "a x") + Score(utterances=1, frames=70, blank_frames=9, loss_sum=1.25, labels=5)
-    two = score_text("d", "d", "d e f") + Score(utterances=1, frames=2**40, near_ties=3, top_probability_sum=0.5)
+    one = score_text("a b c", "A b", "a x").score + Score(
+        utterances=1, frames=70, blank_frames=9, loss_sum=1.25, labels=5
+    )
+    two = score_text("d", "d", "d e f").score + Score(utterances=1, frames=2**40, near_ties=3, top_probability_sum=0.5)
     for score in (one, two, one + two, Score()):
         assert Score.from_vector(score.to_vector()) == score
         assert len(score.to_vector()) == len(Score().to_vector())
@@ -221,6 +224,30 @@ def test_vectors_hold_scores_whole() -> None:
     assert (empty.words.length_ratio, empty.unfit_input_fraction) == (0.0, 0.0)
 
 
-def test_score_by_group() -> None:
-    counts = score_by(["seen", "unseen", "seen"], ["a b", "c", "d"], ["a x", "c", "d"])
-    assert counts == {"seen": ErrorCounts(0, 0, 1, 2), "unseen": ErrorCounts(hits=1)}
+def test_letters_are_counted_where_they_stand() -> None:
+    letters = LetterCounts()
+    letters.add("ọjọ́ kan", "ojọ́ an")
+    letters.add("ab ab", "ab ab")
+    letters.add("ab", "xabx")
+    assert letters.occurrences == {"ọ": 2, "\u0301": 1, "j": 1, "k": 1, "a": 4, "n": 1, "b": 3}
+    missed = {letter: letters.recall(letter) for letter in letters.occurrences if letters.recall(letter) < 1}
+    assert missed == {"ọ": 0.5, "k": 0.0}
+    assert (letters + letters).recall("ọ") == 0.5
+
+
+def test_letters_found_and_missed_are_the_character_errors() -> None:
+    """Over random texts: every letter is a hit, or a deletion or substitution of the character counts."""
+    draw = random.Random(0)
+    for _ in range(200):
+        reference, hypothesis = ("".join(draw.choices("ab", k=draw.randint(0, 12))) for _ in range(2))
+        letters, errors = LetterCounts(), count_character_errors(reference, hypothesis)
+        letters.add(reference, hypothesis)
+        assert letters.occurrences.total() == errors.reference_length
+        assert letters.hits.total() == errors.hits
+
+
+def test_counts_of_a_text_are_its_errors_by_name() -> None:
+    text = score_text("a b c", "A b c", "a x")
+    counts = dict(zip(COUNT_COLUMNS, text.counts, strict=True))
+    assert (counts["word_deletions"], counts["word_substitutions"]) == (1, 1)
+    assert sum(counts[f"character_{part}"] for part in ("deletions", "substitutions", "hits")) == 5

@@ -19,6 +19,7 @@ from conftest import TINY_MODEL, make_rows, write_part, write_recipe
 
 import preflight
 import processes
+import scoring
 import train
 from data import BatchPlan, CutSettings, cut_update
 from errors import UsageError, exit_status
@@ -381,14 +382,14 @@ def test_memory_that_runs_out_in_an_evaluation_changes_no_score(
     """The English seed's second wall, in the first evaluation."""
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=2, eval_steps=1)
     assert run("--config", recipe, "--output_dir", tmp_path / "plain") == 0
-    original = train.score_one
+    original = scoring.score_one
 
     def score_one(of_run: train.Run, batch: train.Batch) -> tuple:
         if len(batch.ids) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
         return original(of_run, batch)
 
-    monkeypatch.setattr(train, "score_one", score_one)
+    monkeypatch.setattr(scoring, "score_one", score_one)
     capsys.readouterr()
     assert run("--config", recipe, "--output_dir", tmp_path / "cut") == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory in an evaluation" in line]

@@ -44,11 +44,12 @@ import checkpoint
 import demo
 import processes
 import runlog
+import scoring
 import train
 from config import TrainConfig
 from data import BatchPlan, CutSettings, ShardDataset, training_loader
 from errors import UsageError, exit_status
-from metrics import ErrorCounts, Score
+from metrics import ErrorCounts, Score, TextScore
 from processes import start_processes
 from run import Run
 from runlog import LOG_COLUMNS, read_log
@@ -175,7 +176,8 @@ def test_run_directory_holds_what_the_contract_names(finished: Finished) -> None
     names = {path.name for path in folder.iterdir()} - {"wav2vec2-ctc-finetune"}  # the tracker's
     assert names == {
         "config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv",
-        "train_results.json", "checkpoints", "drop_list.csv", "suspects.csv", "preflight.json", "model",
+        "train_results.json", "eval_slices.csv", "checkpoints", "drop_list.csv", "suspects.csv", "preflight.json",
+        "model",
     }  # fmt: skip
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_000006", "step_000007"]
     assert {path.name for path in (folder / "checkpoints" / "step_000007").iterdir()} == {
@@ -291,14 +293,15 @@ def test_retention_never_costs_the_best(
     wers, seen, tested = iter([90, 40, 60, 40, 80]), {}, []
     original = train.evaluate
 
-    def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> Score:
-        score = original(run, dataset, rows, description)
+    def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> scoring.Evaluation:
+        evaluation = original(run, dataset, rows, description)
         weights = run.model.hf.state_dict()["lm_head.weight"].clone()
         if description == "test set":
             tested.append(weights)
-            return score
+            return evaluation
         seen[run.state.step] = weights
-        return dataclasses.replace(score, words=ErrorCounts(substitutions=next(wers), hits=10))
+        score = dataclasses.replace(evaluation.score, words=ErrorCounts(substitutions=next(wers), hits=10))
+        return dataclasses.replace(evaluation, score=score)
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, eval_steps=1, save_steps=1, save_total_limit=1)
@@ -473,21 +476,21 @@ def test_transcripts_do_not_depend_on_the_batch(
 ) -> None:
     run = make_run(model_config=architecture | TALKATIVE)
     found: dict[str, str] = {}
-    original = train.score_one
+    original = scoring.score_one
 
-    def score_one(run: Run, batch: train.Batch) -> tuple[Score, list[str]]:
-        score, hypotheses = original(run, batch)
-        for utterance_id, hypothesis in zip(batch.ids, hypotheses, strict=True):
+    def score_one(run: Run, batch: train.Batch) -> tuple[Score, list[TextScore]]:
+        score, texts = original(run, batch)
+        for utterance_id, text in zip(batch.ids, texts, strict=True):
             assert utterance_id not in found, "scored twice"
-            found[utterance_id] = hypothesis
-        return score, hypotheses
+            found[utterance_id] = text.hypothesis
+        return score, texts
 
-    monkeypatch.setattr(train, "score_one", score_one)
+    monkeypatch.setattr(scoring, "score_one", score_one)
     results = []
     for size, seconds in ((1, None), (4, None), (32, None), (32, 2.5)):
         found.clear()
         run.eval_cut = CutSettings(0, 1, size, seconds)
-        score = train.evaluate(run, run.train_set, np.arange(13), "")
+        score = train.evaluate(run, run.train_set, np.arange(13), "").score
         results.append((dict(sorted(found.items())), score.words, score.characters, score.blank_frames, score.frames))
         assert score.loss_sum == pytest.approx(score.loss_sum, rel=1e-5)
     assert all(result == results[0] for result in results)
@@ -518,7 +521,7 @@ def test_evaluation_keeps_nothing_of_what_it_scored(
     monkeypatch.setattr(Run, "forward", forward)
     for count in (8, 96):
         alive.clear()
-        rows = np.argsort(more.num_samples, kind="stable")[:count]
+        rows = np.sort(np.argsort(more.num_samples, kind="stable")[:count])
         batches = range(count // 4)
         train.evaluate(run, more, rows, "")
         assert len(alive) == len(batches)
@@ -1056,11 +1059,11 @@ def test_evaluation_loss_does_not_count_labels_that_have_no_alignment(make_run: 
     batch = run.collate([run.train_set[row] for row in range(3)], np.arange(3))
     with torch.no_grad():
         run.model.eval()
-        whole, _ = train.score_one(run, batch)
-        kept, _ = train.score_one(run, run.collate([run.train_set[row] for row in (0, 2)], np.array([0, 2])))
+        whole, _ = scoring.score_one(run, batch)
+        kept, _ = scoring.score_one(run, run.collate([run.train_set[row] for row in (0, 2)], np.array([0, 2])))
         text = "AB" * 100
         utterance = dataclasses.replace(run.train_set[1], text=text)
-        mixed, _ = train.score_one(run, run.collate([run.train_set[0], utterance, run.train_set[2]], np.arange(3)))
+        mixed, _ = scoring.score_one(run, run.collate([run.train_set[0], utterance, run.train_set[2]], np.arange(3)))
     assert mixed.labels == kept.labels < whole.labels
     assert mixed.loss == pytest.approx(kept.loss, rel=1e-5)
     assert mixed.utterances == 3

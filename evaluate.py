@@ -1,0 +1,287 @@
+"""Score a model on a prepared split: error rates with their intervals, whom it fails, and how another model differs.
+
+    python evaluate.py --model_name_or_path runs/en/model --data_dir data/en --split test
+    python evaluate.py ... --slices gender age accents duration
+    python evaluate.py ... --compare facebook/wav2vec2-large-960h     (or a folder that evaluate.py wrote)
+    accelerate launch --multi_gpu --num_processes 2 evaluate.py ...   (each utterance is scored once, on one of them)
+
+Writes results.json and utterances.csv (id, reference, hypothesis, errors and the corpus' own columns) into
+--output_dir. Precision belongs to the launcher; without one everything is in fp32, where no text depends on the batch
+size or on the number of processes.
+"""
+
+from errors import UsageError, exit_status
+
+# isort: split
+
+import allocator  # noqa: F401 - before torch
+
+# isort: split
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from atomic import nearest_existing, write_atomically
+from audio import SAMPLE_RATE_HZ
+from cache import FactCache
+from comparison import compare
+from config import DEFAULT_CHARACTERS_TO_IGNORE, EvaluateConfig, TrainConfig, parse_arguments
+from data import Batch, Collator, CutSettings, ShardDataset, has_utterances
+from intervals import CONFIDENCE, rate_interval
+from memory import MemoryLimit
+from metrics import LetterCounts, TextScore
+from model import forward_with_loss
+from pretrained import find_checkpoint_folder, load_model
+from processes import RankStatus, describe_processes, main_first, start_processes
+from recovery import Cuts, release_memory
+from results import (
+    COMPARISON_FILE,
+    DROPS_FILE,
+    RESULTS_FILE,
+    UTTERANCES_FILE,
+    TextSpool,
+    describe_letters,
+    print_results,
+    read_utterances,
+    write_drops,
+    write_results,
+    write_utterances,
+)
+from scoring import Evaluation, evaluate, named_limits, rates
+from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
+from stopping import StopSignals, end_loaders
+from text import TextNormalizer, Vocabulary
+from transcripts import measure_texts
+
+RULES_FILE = "text_rules.json"
+COMPARED_FOLDER = "compared"
+
+
+def main() -> None:
+    """Score, compare, write, say."""
+    config = parse_arguments(EvaluateConfig, sys.argv[1:], __doc__)
+    folder = choose_results_folder(config)
+    other = Path(config.compare) if config.compare and (Path(config.compare) / UTTERANCES_FILE).is_file() else None
+    if other is not None:
+        read_utterances(other)  # What is wrong with it is said now.
+    accelerator = start_processes([], str(folder), config.ddp_timeout)
+    try:
+        if config.compare and other is None:
+            with main_first(accelerator):
+                find_checkpoint_folder(config.compare)
+        score_and_report(config, folder, accelerator)
+        if config.compare and other is None:
+            release_memory()
+            other = folder / COMPARED_FOLDER
+            score_and_report(replace(config, model_name_or_path=config.compare), other, accelerator)
+        if other is not None and accelerator.is_main_process:
+            report_comparison(config, folder, other)
+    finally:
+        end_loaders()
+        accelerator.end_training()
+
+
+def choose_results_folder(config: EvaluateConfig) -> Path:
+    """--output_dir; else beside a model folder, else here.
+
+    Raises:
+        UsageError: it cannot be written, or holds something else.
+    """
+    model = Path(config.model_name_or_path)
+    beside = model.parent if model.is_dir() else Path()
+    folder = Path(config.output_dir) if config.output_dir else beside / f"evaluation_{config.split}"
+    known = {RESULTS_FILE, UTTERANCES_FILE, DROPS_FILE, COMPARED_FOLDER, COMPARISON_FILE}
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: name a folder for the results with --output_dir")
+    foreign = sorted({path.name for path in folder.iterdir()} - known) if folder.is_dir() else []
+    if foreign:
+        raise UsageError(f"{folder} holds {', '.join(foreign[:3])}: name a folder for the results with --output_dir")
+    existing = nearest_existing(folder)
+    if not existing.is_dir():
+        raise UsageError(f"{existing} is a file: name a folder for the results with --output_dir")
+    return folder
+
+
+@dataclass(frozen=True)
+class KnownTexts:
+    """A normalizer whose texts hold no character that the vocabulary lacks (--unknown drop_character)."""
+
+    normalizer: TextNormalizer
+    vocabulary: Vocabulary
+
+    def __call__(self, text: str) -> str:
+        """Normalise one transcript."""
+        return self.vocabulary.without_unknown(self.normalizer(text))
+
+
+class ModelScorer:
+    """A model with its text rules and a split: what `scoring.evaluate` needs."""
+
+    def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.is_main = accelerator.is_main_process
+        self.dataset = ShardDataset(Path(config.data_dir) / config.split)
+        name = config.model_name_or_path
+        settings = TrainConfig(model_name_or_path=name, vocabulary="model")
+        with main_first(accelerator):
+            self.loaded = load_model(settings, lambda: [])
+            self.rules = read_rules(find_checkpoint_folder(name), config)
+        if not self.loaded.head_fits:
+            raise UsageError(f"{name} has no head for its vocabulary, it cannot write yet: fine-tune it with train.py")
+        self.model = self.loaded.model.to(accelerator.device)
+        self.vocabulary = self.loaded.vocabulary
+        self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, **self.rules)
+        drops = config.unknown == "drop_character"
+        self.collate = Collator(
+            KnownTexts(self.normalizer, self.vocabulary) if drops else self.normalizer,
+            self.vocabulary,
+            self.loaded.processor.feature_extractor.do_normalize,
+            self.model.hf.config,
+            config.seed,
+        )
+        with main_first(accelerator):
+            cache = FactCache(Path(config.data_dir))
+            self.texts = measure_texts(self.dataset, self.normalizer, self.vocabulary, cache)
+        self.eval_cut = CutSettings(
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.per_device_eval_batch_size,
+            config.max_batch_seconds,
+        )
+        self.eval_cuts = Cuts("evaluation", "cut the clip, or use more memory", self._report)
+        self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
+        self.status = RankStatus(accelerator, config.ddp_timeout)
+        self.stop = StopSignals(None, time.monotonic())
+        self.num_workers = config.dataloader_num_workers
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, in the launcher's precision."""
+        with self.accelerator.autocast():
+            return forward_with_loss(self.model, batch.to(self.accelerator.device), self.vocabulary.blank_id)
+
+    def choose_rows(self) -> tuple[np.ndarray, list[tuple[str, str]]]:
+        """The rows to score, and (id, unknown letters) of those that --unknown drop_utterance leaves out."""
+        rows, dropped = np.arange(len(self.dataset)), []
+        if self.config.unknown == "drop_utterance" and self.texts.coverage.unknown:
+            is_kept = np.ones(len(rows), bool)
+            columns = zip(self.dataset.column("id"), self.dataset.column("text"), strict=True)
+            for row, (utterance_id, text) in enumerate(columns):
+                normalised = self.normalizer(text)
+                if lacking := sorted(set(normalised) - set(self.vocabulary.without_unknown(normalised)) - {" "}):
+                    is_kept[row] = False
+                    dropped.append((utterance_id, "".join(lacking)))
+            rows = rows[is_kept]
+        if not len(rows):
+            raise UsageError("--unknown drop_utterance leaves no utterance: every text holds letters without a label")
+        return rows, dropped
+
+    def _report(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+def read_rules(folder: Path, config: EvaluateConfig) -> dict[str, str]:
+    """Case and characters to ignore: the flags', else those of the model's training, else train.py's defaults."""
+    rules = {"characters_to_ignore": DEFAULT_CHARACTERS_TO_IGNORE, "case": "auto"}
+    path = folder / RULES_FILE
+    if path.is_file():
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            rules = {name: str(saved[name]) for name in rules}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is damaged ({error!r}): give --case and --characters_to_ignore") from error
+    return {name: getattr(config, name) if getattr(config, name) is not None else rules[name] for name in rules}
+
+
+def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> None:
+    """One model: score it, write its folder, print its screen."""
+    scorer = ModelScorer(config, accelerator)
+    rows, dropped = scorer.choose_rows()
+    trained = find_trained(config)
+    if config.max_eval_samples is not None and config.max_eval_samples < len(rows):
+        rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
+    breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)
+    letters = LetterCounts()
+    with TextSpool() as spool, scorer.stop:
+
+        def see(batch: Batch, texts: list[TextScore]) -> None:
+            for row, reference, text in zip(batch.rows.tolist(), batch.texts, texts, strict=True):
+                spool.add(row, reference, text.hypothesis)
+                letters.add(reference, text.hypothesis)
+
+        started_at = time.monotonic()
+        evaluation = evaluate(scorer, scorer.dataset, rows, f"scoring {config.split}", see)
+        seconds = time.monotonic() - started_at
+        spool.collect(accelerator, scorer.status)
+        results = make_results(scorer, evaluation, breakdown, seconds)
+        results |= {"letters": describe_letters(sum(gather_object([letters]), LetterCounts()))}
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            # The results say that the folder is complete.
+            (folder / RESULTS_FILE).unlink(missing_ok=True)
+            write_utterances(folder / UTTERANCES_FILE, scorer.dataset, evaluation, spool)
+            write_drops(folder / DROPS_FILE, config.split, dropped)
+            write_results(folder, results)
+            print_results(results)
+            print(f"written to {folder}: {RESULTS_FILE}, {UTTERANCES_FILE}", flush=True)
+
+
+def find_trained(config: EvaluateConfig) -> Trained | None:
+    """Voices and sentences of the data's own training split."""
+    train = Path(config.data_dir) / "train"
+    if config.split == "train" or not has_utterances(train):
+        return None
+    return Trained.of(ShardDataset(train))
+
+
+def make_results(
+    scorer: ModelScorer, evaluation: Evaluation, breakdown: Breakdown, seconds: float
+) -> dict[str, object]:
+    """All figures of one evaluation, for results.json and the screen."""
+    config, score, coverage = scorer.config, evaluation.score, scorer.texts.coverage
+    slices = breakdown.score(evaluation.counts)
+    worst = worst_slice(slices)
+    sentences = rate_interval(evaluation.counts[:, :3].any(1), np.ones(len(evaluation.rows)), breakdown.speakers)
+    words, _ = error_intervals(evaluation.counts, breakdown.speakers)
+    return {
+        "model": config.model_name_or_path,
+        "data": f"{config.data_dir}/{config.split}",
+        "data_fingerprint": scorer.dataset.fingerprint,
+        "utterances": score.utterances,
+        "utterances_of_split": len(scorer.dataset),
+        "seconds": float(scorer.dataset.num_samples[evaluation.rows].sum() / SAMPLE_RATE_HZ),
+        **rates(evaluation, breakdown.speakers),
+        "interval": {"confidence": CONFIDENCE, "unit": words.unit, "units": words.units},
+        "raw_wer": score.raw_wer,
+        "words": asdict(score.words),
+        "characters": asdict(score.characters),
+        **named_limits("sentence_error_rate", sentences),
+        "empty_hypotheses": score.empty_hypotheses,
+        "frames": score.frames,
+        "near_ties": score.near_ties,
+        "unknown": config.unknown,
+        "unknown_characters": dict(coverage.unknown.most_common()),
+        "text_rules": scorer.rules,
+        "slices": list(map(describe_slice, slices)),
+        "worst_slice": None if worst is None else describe_slice(worst),
+        "processes": describe_processes(scorer.accelerator),
+        "seconds_taken": seconds,
+    }
+
+
+def report_comparison(config: EvaluateConfig, folder: Path, other: Path) -> None:
+    """Both results side by side, on the screen and in comparison.json."""
+    found = compare(read_utterances(folder), read_utterances(other))
+    write_atomically(folder / COMPARISON_FILE, json.dumps(found.facts() | {"other": config.compare}, indent=1))
+    print("\n".join(found.lines(config.compare, config.model_name_or_path)), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

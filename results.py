@@ -1,0 +1,261 @@
+"""What an evaluation leaves behind: `utterances.csv`, a row per utterance, and `results.json`.
+
+N: utterances of the evaluation.
+"""
+
+import array
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from atomic import write_atomically
+from audio import SAMPLE_RATE_HZ
+from data import ShardDataset
+from errors import UsageError
+from metrics import COUNT_COLUMNS, LetterCounts
+from processes import RankStatus
+from scoring import Evaluation
+from slices import OWN_COLUMNS
+
+UTTERANCES_FILE = "utterances.csv"
+RESULTS_FILE = "results.json"
+DROPS_FILE = "drop_list.csv"
+COMPARISON_FILE = "comparison.json"
+TEXT_COLUMNS = ("id", "reference", "hypothesis", "seconds", "speaker")
+# A recall from fewer occurrences is a matter of chance.
+MIN_OCCURRENCES = 20
+LETTERS_SHOWN = 6
+# Of the tables where no terminal says how wide it is.
+COLUMNS_WITHOUT_TERMINAL = 120
+# Texts that travel from rank to rank at a time.
+TEXTS_PER_GATHER = 10_000
+
+
+class TextSpool:
+    """References and hypotheses on the disk until all are there, since they come longest clip first."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed with the spool
+        self._rows, self._places = array.array("q"), array.array("q")
+
+    def __enter__(self) -> "TextSpool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, row: int, reference: str, hypothesis: str) -> None:
+        """Keep one utterance's texts."""
+        self._rows.append(row)
+        self._places.append(self._file.seek(0, io.SEEK_END))
+        self._file.write(json.dumps([reference, hypothesis]).encode() + b"\n")
+
+    def collect(self, accelerator: Accelerator, status: RankStatus) -> None:
+        """Bring the texts of all ranks to the first one."""
+        if accelerator.num_processes == 1:
+            return
+        own = iter(list(zip(self._rows, self._places, strict=True)))
+        (most,) = status.worst(len(self._rows))
+        for _ in range(0, most, TEXTS_PER_GATHER):
+            block = [(row, *self._read(place)) for (row, place), _ in zip(own, range(TEXTS_PER_GATHER), strict=False)]
+            for of_rank in gather_object([(accelerator.process_index, block)]):
+                if accelerator.is_main_process and of_rank[0] != accelerator.process_index:
+                    for texts in of_rank[1]:
+                        self.add(*texts)
+
+    def sorted(self) -> Iterator[tuple[int, str, str]]:
+        """(row, reference, hypothesis) by row."""
+        for index in np.argsort(np.asarray(self._rows), kind="stable"):
+            yield self._rows[index], *self._read(self._places[index])
+
+    def _read(self, place: int) -> tuple[str, str]:
+        self._file.seek(place)
+        return tuple(json.loads(self._file.readline()))
+
+
+def write_utterances(path: Path, dataset: ShardDataset, evaluation: Evaluation, texts: TextSpool) -> None:
+    """A row per scored utterance in the order of the corpus: texts, errors, and the corpus' own columns."""
+    wanted = np.zeros(len(dataset), bool)
+    wanted[evaluation.rows] = True
+    extra = [name for name in dataset.column_names if name == "snr_db" or name not in OWN_COLUMNS | {"speaker"}]
+    names = ("id", "speaker", *extra)
+    seconds = dataset.num_samples / SAMPLE_RATE_HZ
+
+    def write(file: BinaryIO) -> None:
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow((*TEXT_COLUMNS, *COUNT_COLUMNS, *extra))
+        columns = zip(*(dataset.column(name) for name in names), strict=True)
+        of_rows = (values for values, is_wanted in zip(columns, wanted, strict=True) if is_wanted)
+        for values, counts, (row, reference, hypothesis) in zip(
+            of_rows, evaluation.counts.tolist(), texts.sorted(), strict=True
+        ):
+            utterance_id, speaker, *others = values
+            table.writerow((utterance_id, reference, hypothesis, f"{seconds[row]:.3f}", speaker, *counts, *others))
+        lines.detach()  # The file stays open for its owner.
+
+    write_atomically(path, write)
+
+
+@dataclass(frozen=True)
+class Utterances:
+    """The errors of an evaluation as read back from utterances.csv.
+
+    Attributes:
+        index: place of each id.
+        references: hash of each reference, in one case, [N].
+        speakers: code of each speaker, -1 where unknown, [N].
+        counts: COUNT_COLUMNS, int64 [N, 8].
+    """
+
+    index: dict[str, int]
+    references: np.ndarray
+    speakers: np.ndarray
+    counts: np.ndarray
+
+
+def read_utterances(folder: Path) -> Utterances:
+    """The rows of `folder/utterances.csv`; their texts are not kept.
+
+    Raises:
+        UsageError: the file is not one that evaluate.py wrote.
+    """
+    path = folder / UTTERANCES_FILE
+    index: dict[str, int] = {}
+    speakers: dict[str, int] = {"": -1}
+    references, codes, counts = [], [], []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                index[row["id"]] = len(index)
+                references.append(hash(row["reference"].casefold()))  # A model of the other case reads the same.
+                codes.append(speakers.setdefault(row["speaker"], len(speakers) - 1))
+                counts.append([int(row[name]) for name in COUNT_COLUMNS])
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UsageError(f"{path} is not a table that evaluate.py wrote ({error!r}): run evaluate.py again") from error
+    if len(index) != len(counts) or not counts:
+        raise UsageError(f"{path} holds {len(counts)} rows and {len(index)} ids: run evaluate.py again")
+    return Utterances(index, np.array(references), np.array(codes, np.int32), np.array(counts, np.int64))
+
+
+def write_results(folder: Path, results: dict[str, object]) -> None:
+    """`results.json`; written last, it says that the folder is complete."""
+    write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False))
+
+
+def write_drops(path: Path, split: str, dropped: list[tuple[str, str]]) -> None:
+    """`split,id,reason,detail` of each utterance that --unknown drop_utterance has left out; no file without any."""
+    path.unlink(missing_ok=True)
+    if dropped:
+        lines = io.StringIO()
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow(("split", "id", "reason", "detail"))
+        table.writerows((split, name, "unknown_letters", letters) for name, letters in dropped)
+        write_atomically(path, lines.getvalue())
+
+
+def describe_letters(letters: LetterCounts) -> dict[str, dict[str, float]]:
+    """Occurrences and recall of each letter of the references, the most frequent first."""
+    return {
+        letter: {"occurrences": count, "recall": letters.recall(letter)}
+        for letter, count in letters.occurrences.most_common()
+    }
+
+
+def print_results(results: dict[str, object]) -> None:
+    """One screen on stdout: the figures, what they cover, the slices, the letters."""
+    print("\n".join(_summary(results)), flush=True)
+    if results["slices"]:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = COLUMNS_WITHOUT_TERMINAL
+        console.print(_slice_table(results["slices"]))
+        print(_worst(results), flush=True)
+    print("\n".join(_letters(results["letters"])), flush=True)
+
+
+def _summary(results: dict[str, object]) -> list[str]:
+    words, unit = results["words"], results["interval"]
+    total = max(words["hits"] + words["deletions"] + words["substitutions"], 1)
+    share = f" of {results['utterances_of_split']:,}" if results["utterances"] < results["utterances_of_split"] else ""
+    covers = "" if unit["unit"] == "speakers" else "; fewer than 10 speakers are known, so it does not cover new voices"
+    lines = [
+        f"{results['model']} on {results['data']}: {results['utterances']:,}{share} utterances, "
+        f"{results['seconds'] / 3600:.2f} h, scored in {results['seconds_taken']:.0f} s",
+        f"  WER {_with_limits(results, 'wer')}   CER {_with_limits(results, 'cer')}   "
+        f"sentences with an error {_with_limits(results, 'sentence_error_rate')}",
+        f"  words: {words['substitutions'] / total:.2%} replaced, {words['deletions'] / total:.2%} lost, "
+        f"{words['insertions'] / total:.2%} inserted, of {total:,}",
+        f"  95 % intervals by bootstrap over {unit['units']:,} {unit['unit']}{covers}",
+        f"  near-ties: {results['near_ties']:,} of {results['frames']:,} frames, where another machine may decide "
+        "otherwise",
+    ]
+    unknown = results["unknown_characters"]
+    if unknown:
+        named = ", ".join(f"{letter!r} {count}" for letter, count in list(unknown.items())[:LETTERS_SHOWN])
+        done = {
+            "count": "they count as errors; --unknown drop_character or drop_utterance leaves them out",
+            "drop_character": "taken out of the references",
+            "drop_utterance": f"their utterances are not scored; {DROPS_FILE} names them",
+        }[results["unknown"]]
+        lines.append(f"  letters that the vocabulary lacks: {sum(unknown.values()):,} ({named}): {done}")
+    return lines
+
+
+def _with_limits(results: dict[str, object], name: str) -> str:
+    rate, low, high = (results.get(f"{name}{part}") for part in ("", "_low", "_high"))
+    return f"{rate:.2%}" if low is None else f"{rate:.2%} [{low:.2%}, {high:.2%}]"
+
+
+def _slice_table(slices: list[dict[str, object]]) -> Table:
+    table = Table("slice", "group", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("utterances", "WER", "95 %", "CER"):
+        table.add_column(name, justify="right")
+    previous = None
+    for one in slices:
+        limits = "" if one["wer_low"] is None else f"{one['wer_low']:.2%} to {one['wer_high']:.2%}"
+        count = f"{one['utterances']:,}" + (" (few)" if one["is_small"] else "")
+        values = (one["group"], count, f"{one['wer']:.2%}", limits, f"{one['cer']:.2%}")
+        table.add_row("" if one["slice"] == previous else one["slice"], *map(Text, values))
+        previous = one["slice"]
+    return table
+
+
+def _worst(results: dict[str, object]) -> str:
+    worst = results["worst_slice"]
+    if worst is None:
+        return "no slice is large enough to be called the worst"
+    named = f"worst slice: {worst['slice']} {worst['group']}, WER {_with_limits(worst, 'wer')}"
+    if worst["wer_low"] is not None and worst["wer_low"] > results["wer"]:
+        return f"{named}, beyond chance above the whole"
+    return f"{named}; that it is above the whole may be chance"
+
+
+def _letters(letters: dict[str, dict[str, float]]) -> list[str]:
+    """The letters that are found least, and those too rare to tell."""
+    common = {letter: facts for letter, facts in letters.items() if facts["occurrences"] >= MIN_OCCURRENCES}
+    rare = [letter for letter in letters if letter not in common]
+    worst = sorted(common, key=lambda letter: common[letter]["recall"])[:LETTERS_SHOWN]
+    shown = ", ".join(
+        f"{letter} {common[letter]['recall']:.1%} of {common[letter]['occurrences']:,}" for letter in worst
+    )
+    lines = [f"letters found least: {shown}"] if shown else []
+    if rare:
+        named = ", ".join(
+            f"{letter} {letters[letter]['recall']:.0%} of {letters[letter]['occurrences']}" for letter in rare
+        )
+        lines.append(f"rare letters (fewer than {MIN_OCCURRENCES}): {named}")
+    return lines

@@ -1,0 +1,158 @@
+"""An evaluation: every utterance once on one rank, decoded greedily and counted; no logits are kept.
+
+B: utterances of a batch, V: vocabulary, T: frames, N: utterances of the evaluation.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from audio import SAMPLE_RATE_HZ
+from data import Batch, Collator, CutSettings, ShardDataset, evaluation_loader
+from errors import RunFailed
+from intervals import Interval
+from memory import MemoryLimit
+from metrics import COUNT_COLUMNS, Score, TextScore, score_batch, score_inputs
+from processes import RankStatus
+from progress import Progress
+from recovery import Cuts
+from slices import error_intervals
+from stopping import StopSignals
+from text import Vocabulary, required_frames
+
+OTHER_IS_OUT_OF_MEMORY = "another process of the run is out of memory; its own message says where"
+
+
+class Scorer(Protocol):
+    """What an evaluation needs: a training run has it, and evaluate.py."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    vocabulary: Vocabulary
+    collate: Collator
+    eval_cut: CutSettings
+    eval_cuts: Cuts
+    memory_limit: MemoryLimit
+    status: RankStatus
+    stop: StopSignals
+    num_workers: int
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The sum over all utterances, and the errors of each, the same on every rank.
+
+    Attributes:
+        score: the sum.
+        rows: of the dataset, ascending, [N].
+        counts: the columns of COUNT_COLUMNS for each row, int64 [N, 8].
+    """
+
+    score: Score
+    rows: np.ndarray
+    counts: np.ndarray
+
+
+@torch.no_grad()
+def evaluate(
+    scorer: Scorer,
+    dataset: ShardDataset,
+    rows: np.ndarray,
+    description: str,
+    see: Callable[[Batch, list[TextScore]], None] = lambda *_: None,
+) -> Evaluation:
+    """Score `rows` of `dataset`, each once on one rank; the scores of the ranks are added.
+
+    Args:
+        scorer: the model and all that belongs to it.
+        dataset: where the rows are.
+        rows: ascending.
+        description: for the progress bar.
+        see: called with each batch of this rank and its texts.
+
+    Raises:
+        RunFailed: a single utterance does not fit into the memory of one rank.
+        Stopped: a rank was asked to.
+    """
+    scorer.model.eval()
+    score, counts = Score(), np.zeros((len(rows), len(COUNT_COLUMNS)), np.int64)
+    loader = evaluation_loader(dataset, rows, scorer.collate, scorer.eval_cut, scorer.num_workers)
+    with Progress(description, len(loader), "batches", scorer.accelerator.is_main_process) as progress:
+        failure = None
+        for batch in loader:
+            if scorer.stop.requested:
+                break
+            try:
+                of_batch, texts = score_in_cuts(scorer, batch)
+            except RunFailed as error:
+                failure = error
+                break
+            score += of_batch
+            counts[np.searchsorted(rows, batch.rows)] = [text.counts for text in texts]
+            see(batch, texts)
+            progress.advance(audio_seconds=batch.num_samples / SAMPLE_RATE_HZ)
+    status, scorer.stop.agreed = scorer.status.worst(int(failure is not None), scorer.stop.requested)
+    if status:
+        raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
+    scorer.stop.check()
+    return Evaluation(_sum_scores(scorer.accelerator, score), rows, _sum_counts(scorer.accelerator, counts))
+
+
+def rates(evaluation: Evaluation, speakers: np.ndarray, prefix: str = "") -> dict[str, float]:
+    """WER and CER with their limits (95 %), under the names `PREFIXwer`, `PREFIXwer_low` and so on."""
+    wer, cer = error_intervals(evaluation.counts, speakers)
+    return named_limits(f"{prefix}wer", wer) | named_limits(f"{prefix}cer", cer)
+
+
+def named_limits(name: str, interval: Interval) -> dict[str, float]:
+    """A rate and its limits by name; without them where they cannot be known."""
+    if math.isnan(interval.low):
+        return {name: interval.rate}
+    return {name: interval.rate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _sum_scores(accelerator: Accelerator, score: Score) -> Score:
+    vectors = accelerator.gather(score.to_vector().to(accelerator.device)[None])
+    return sum(map(Score.from_vector, vectors.cpu()), Score())
+
+
+def _sum_counts(accelerator: Accelerator, counts: np.ndarray) -> np.ndarray:
+    """Each row is filled on one rank and zero on the others."""
+    if accelerator.num_processes == 1:
+        return counts
+    return accelerator.reduce(torch.from_numpy(counts).to(accelerator.device), reduction="sum").cpu().numpy()
+
+
+def score_in_cuts(scorer: Scorer, batch: Batch) -> tuple[Score, list[TextScore]]:
+    """Score and texts of one batch, in smaller cuts when memory runs out: the scores are the same."""
+    while (results := scorer.eval_cuts.attempt(lambda: _score_pieces(scorer, batch))) is None:
+        pass
+    return sum((score for score, _ in results), Score()), [text for _, texts in results for text in texts]
+
+
+def _score_pieces(scorer: Scorer, batch: Batch) -> list[tuple[Score, list[TextScore]]]:
+    return [score_one(scorer, piece) for piece in scorer.eval_cuts.divide([batch])]
+
+
+def score_one(scorer: Scorer, batch: Batch) -> tuple[Score, list[TextScore]]:
+    """Decode and count one batch as it is."""
+    with scorer.memory_limit.watch():
+        logits_BTV, frame_lengths_B, loss_B = scorer.forward(batch)
+    # A row with more labels than frames has no CTC loss; its words are counted, its labels do not thin the loss out.
+    labels = batch.labels_L.split(batch.label_lengths_B.tolist())
+    has_loss = [
+        frames >= required_frames(row.numpy()) for frames, row in zip(frame_lengths_B.tolist(), labels, strict=True)
+    ]
+    score, texts = score_batch(
+        logits_BTV, frame_lengths_B, scorer.vocabulary, batch.texts, batch.raw_texts,
+        loss_sum=float(loss_B.sum()), labels=int(batch.label_lengths_B[torch.tensor(has_loss)].sum()),
+    )  # fmt: skip
+    return score + score_inputs(batch.input_values_BS, batch.sample_lengths_B), texts
