@@ -150,14 +150,24 @@ class Run(Assembly):
             print("\n".join(self._describe(disk)), flush=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             facts = describe_processes(self.accelerator)
-            header = "launched with " + ", ".join(f"{name} {value}" for name, value in facts.items())
             environment = runlog.describe_environment(Path(__file__).parent, self.train_set.fingerprint, facts)
             _remove_leftovers(self.folder)
-            found = replace(self.config, max_batch_seconds=self.max_batch_seconds, resume_from_checkpoint=None)
-            self._write("config.yaml", write_config(found, header))
+            self._write_config()
             self._write("environment.json", json.dumps(environment, indent=1))
             self._open_tables()
             preflight.write_report(self.folder, self.report, self)
+
+    def _write_config(self) -> None:
+        """`config.yaml`: the settings of this run, and what the launcher decided."""
+        facts = describe_processes(self.accelerator)
+        header = "launched with " + ", ".join(f"{name} {value}" for name, value in facts.items())
+        settings = replace(
+            self.config,
+            max_batch_seconds=self.max_batch_seconds,
+            resume_from_checkpoint=None,
+            resume_anyway=False,
+        )
+        self._write("config.yaml", write_config(settings, header))
 
     def _read_checkpoint(self) -> None:
         """The state of the checkpoint to resume from, when it belongs to this very run."""
@@ -215,6 +225,8 @@ class Run(Assembly):
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.is_main:
+            if saved["run"]["identity"] != self.state.identity:
+                self._write_config()  # --resume_anyway: the next resume is one of the run as it is now.
             recover_folder(self.folder / "model")
             self._open_tables()
             self.log.truncate(self.state.log_bytes)

@@ -612,6 +612,65 @@ def test_resume_refuses_other_data_and_changes_nothing(
         assert tree(tmp_path / "run") == before
 
 
+RESUMED_ANYWAY = {
+    "seed": (["--seed", "7"], ["seed (was 42, is 7)"]),
+    "learning rate plan": (
+        ["--learning_rate", "0.002", "--lr_scheduler_type", "cosine"],
+        ["learning_rate (was 0.001, is 0.002)", "lr_scheduler_type (was linear, is cosine)"],
+    ),
+    "data": (["--data_dir", "other"], ["the train data"]),
+    "vocabulary": (["--case", "keep"], ["the vocabulary", "case (was lower, is keep)"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "changed"), RESUMED_ANYWAY.values(), ids=RESUMED_ANYWAY.keys())
+def test_resume_anyway_goes_on_and_is_recorded(
+    flags: list[str], changed: list[str], prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """And from then on the run is the changed one: its config.yaml resumes it without a word."""
+    monkeypatch.chdir(tmp_path)
+    write_part(tmp_path / "other" / "train" / "part_1", make_rows(13, seed=9))
+    write_part(tmp_path / "other" / "dev" / "part_1", make_rows(5, seed=2))
+    write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2, max_steps=6)
+    begin = ("--config", "recipe.yaml", "--output_dir", "run")
+    last = ("--resume_from_checkpoint", "last")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "train_step", 3)
+        command(*begin)
+    assert command(*begin, *last, *flags) == 2
+    assert f"different in {', '.join(changed)}: use the settings of run/config.yaml, --resume_anyway, or" in (
+        capsys.readouterr().err
+    )
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "train_step", 5)
+        command(*begin, *last, *flags, "--resume_anyway")
+    assert f"resuming anyway, although different in {', '.join(changed)}" in capsys.readouterr().out
+    assert command("--config", "run/config.yaml", *last) == 0
+
+    record = [{"step": 2, "changed": changed}]
+    assert json.loads(Path("run/train_results.json").read_text())["resumed_anyway"] == record
+    assert checkpoint.load_state(Path("run/checkpoints/step_000006"))["run"]["resumed_anyway"] == record
+    assert [row["step"] for row in read_table(Path("run/training_log.csv"))] == ["1", "2", "3", "4", "5", "6"]
+
+
+def test_model_of_another_shape_is_refused_anyway(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
+    flags = ("--config", recipe, "--output_dir", tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "train_step", 3)
+        command(*flags)
+    before = tree(tmp_path / "run")
+    resume = ("--resume_from_checkpoint", "last", "--resume_anyway", "--vocabulary", "large_960h", "--case", "upper")
+    assert command(*flags, *resume) == 2
+    error = capsys.readouterr().err
+    assert "different in the vocabulary, case (was lower, is upper), the shape of the model: use the settings" in error
+    assert "--resume_anyway" not in error
+    assert tree(tmp_path / "run") == before
+
+
 # --- Full disk -----------------------------------------------------------------------------------------------------
 
 # What meets the full disk, from which call on, and the file that the message names.
