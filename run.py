@@ -24,7 +24,7 @@ import diagnosis
 import preflight
 import runlog
 from assembly import Assembly
-from atomic import UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
+from atomic import ASIDE, UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
 from errors import Stopped, UsageError
@@ -487,7 +487,8 @@ def choose_beginning(config: TrainConfig) -> TrainConfig | None:
 
 
 def _refuse_occupied(folder: Path, is_auto: bool) -> None:
-    names = {path.name.removesuffix(UNFINISHED) for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    names = {name.removesuffix(UNFINISHED).removesuffix(ASIDE) for name in names}  # left by a kill
     # preflight.py may have written its report there.
     if folder.is_dir() and names <= set(RUN_FILES if is_auto else preflight.REPORT_FILES):
         return

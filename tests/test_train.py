@@ -138,6 +138,15 @@ def repeatable(run_dir: Path) -> list[dict[str, str]]:
     return [{name: value for name, value in row.items() if name not in MEASURED_COLUMNS} for row in rows]
 
 
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Two finished runs: rows of the log, evaluation samples, the best model, weights and moments at the end."""
+    assert repeatable(found) == repeatable(expected)
+    newest = checkpoint.list_checkpoints(expected)[-1].name
+    files = [tree(folder) for folder in (found, expected)]
+    for name in ("eval_samples.csv", "model/model.safetensors", f"checkpoints/{newest}/tensors.safetensors"):
+        assert files[0][name] == files[1][name], name
+
+
 # --- The run directory ---------------------------------------------------------------------------------------------
 
 
@@ -570,11 +579,8 @@ def test_resume_is_invisible(
     assert command(*flags) == 0
     assert "at step 11 of 11" in capsys.readouterr().out
 
-    assert repeatable(parts) == repeatable(whole)
+    assert_same_run(parts, whole)
     assert [row["step"] for row in repeatable(parts)] == ["2", "4", "6", "8", "10", "11"]
-    files = [tree(folder) for folder in (whole, parts)]
-    for name in ("eval_samples.csv", "model/model.safetensors", "checkpoints/step_000011/tensors.safetensors"):
-        assert files[0][name] == files[1][name], name
     results = [json.loads((folder / "train_results.json").read_text()) for folder in (whole, parts)]
     for name in results[0].keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}:
         assert results[0][name] == results[1][name], name
@@ -671,6 +677,67 @@ def test_model_of_another_shape_is_refused_anyway(
     assert tree(tmp_path / "run") == before
 
 
+def leave_nothing(_: Path) -> None:
+    pass
+
+
+def leave_half_files(run_dir: Path) -> None:
+    """What kills before the first checkpoint leave behind: in a row, a file, a save, and between a swap's renames."""
+    with (run_dir / "training_log.csv").open("a") as file:
+        file.write("2,0.5,3.2")
+    for name in ("config.yaml", "training_curve.png", "training_log.csv", "drop_list.csv"):
+        _write(run_dir / f"{name}.unfinished", "half")
+    _write(run_dir / "checkpoints" / "step_000002.unfinished" / "tensors.safetensors", "half")
+    _write(run_dir / "model.new" / "config.json", "{")
+    (run_dir / "model").rename(run_dir / "model.aside")
+
+
+@pytest.mark.parametrize("leave", [leave_nothing, leave_half_files])
+def test_auto_begins_where_there_is_no_checkpoint(
+    leave: Callable[[Path], None], prepared: Path, tmp_path: Path, command: Callable[..., int]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, eval_steps=1, save_steps=2, max_steps=3)
+    whole, found = tmp_path / "whole", tmp_path / "found"
+    assert command("--config", recipe, "--output_dir", whole) == 0
+    flags = ("--config", recipe, "--output_dir", found, "--resume_from_checkpoint", "auto")
+    if leave is not leave_nothing:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            stop_at(patch, "train_step", 1)
+            command(*flags)
+        assert len(read_table(found / "training_log.csv")) == 1
+        leave(found)
+    assert command(*flags) == 0
+    assert_same_run(found, whole)
+    assert {path.name for path in found.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_auto_does_not_throw_damaged_checkpoints_away(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """They, the log and model/ may be worth days, and another version's checkpoints are damaged too for this one."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2, max_steps=6)
+    whole, found = tmp_path / "whole", tmp_path / "found"
+    assert command("--config", recipe, "--output_dir", whole) == 0
+    flags = ("--config", recipe, "--output_dir", found, "--resume_from_checkpoint", "auto")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "train_step", 5)
+        command(*flags)
+    for name in ("step_000002", "step_000004"):
+        os.truncate(found / "checkpoints" / name / "tensors.safetensors", 100)
+    before = tree(found)
+    capsys.readouterr()
+    assert command(*flags) == 2
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines() if line.startswith("skipping")] == [
+        f"skipping the damaged checkpoint {found / 'checkpoints' / name}" for name in ("step_000004", "step_000002")
+    ]
+    assert f"{found / 'checkpoints'} holds no intact checkpoint; `auto` starts over where there is none" in said.err
+    assert tree(found) == before
+    shutil.rmtree(found / "checkpoints")
+    assert command(*flags) == 0
+    assert_same_run(found, whole)
+
+
 # --- Full disk -----------------------------------------------------------------------------------------------------
 
 # What meets the full disk, from which call on, and the file that the message names.
@@ -729,10 +796,7 @@ def test_full_disk_is_one_line_and_a_resume_is_invisible(
     (small_disk / "filler").unlink()
     assert command(*flags) == 0
 
-    assert repeatable(run_dir) == repeatable(undisturbed / "run")
-    files = [tree(folder) for folder in (undisturbed / "run", run_dir)]
-    for file in ("eval_samples.csv", "model/model.safetensors", "checkpoints/step_000012/tensors.safetensors"):
-        assert files[0][file] == files[1][file], file
+    assert_same_run(run_dir, undisturbed / "run")
 
 
 def test_read_only_output_is_named(
