@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import checkpoint
@@ -27,7 +28,7 @@ from assembly import Assembly
 from atomic import ASIDE, UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
-from errors import Stopped, UsageError
+from errors import RunFailed, Stopped, UsageError
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
@@ -349,9 +350,20 @@ class Run(Assembly):
         print(f"{rank}{message}", file=sys.stderr, flush=True)
 
     def load_best(self) -> None:
-        """Put the weights of model/ in place, on every rank."""
+        """Put the weights of model/ in place, on every rank.
+
+        Raises:
+            RunFailed: the file is not there any more, or is another one.
+        """
         self.accelerator.wait_for_everyone()
-        self.model.hf.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
+        path = self.folder / "model" / "model.safetensors"
+        try:
+            self.model.hf.load_state_dict(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(
+                f"{path} cannot be read as weights ({error}): put the file of step {self.state.best_step} back, or "
+                "resume from a checkpoint before it"
+            ) from error
 
     def write_results(self, results: dict[str, object]) -> None:
         """`train_results.json`, the mark of a finished run."""

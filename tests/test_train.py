@@ -738,6 +738,61 @@ def test_auto_does_not_throw_damaged_checkpoints_away(
     assert_same_run(found, whole)
 
 
+class Poison:
+    def __reduce__(self):
+        return os.system, ("touch poisoned",)
+
+
+@pytest.mark.parametrize("is_sealed", [False, True], ids=["checksum differs", "checksum agrees"])
+def test_poisoned_checkpoint_is_passed_over_or_refused(
+    is_sealed: bool, prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
+    flags = ("--config", "recipe.yaml", "--output_dir", "run", "--resume_from_checkpoint", "auto")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "evaluate", 5)
+        command(*flags)
+    newest = Path("run/checkpoints/step_000004")
+    torch.save(Poison(), newest / "tensors.safetensors")
+    if is_sealed:
+        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest["files"] = {name: checkpoint._describe_file(newest / name) for name in manifest["files"]}
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+    before = tree(Path("run"))
+    capsys.readouterr()
+    status, said = command(*flags), capsys.readouterr()
+    if is_sealed:
+        assert status == 2
+        assert said.err.startswith(f"error: {newest} is not a checkpoint of this program: ")
+        assert tree(Path("run")) == before
+    else:
+        assert status == 0
+        assert f"skipping the damaged checkpoint {newest}: " in said.out
+        assert "at step 2 of 5; step_000004 will be replaced" in said.out
+    assert not Path("poisoned").exists()
+
+
+def test_poisoned_best_model_ends_the_run_in_one_line(
+    prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """It is read once more, to score the test set."""
+    monkeypatch.chdir(tmp_path)
+    write_recipe(tmp_path / "recipe.yaml", prepared)
+    flags = ("--config", "recipe.yaml", "--output_dir", "run", "--resume_from_checkpoint", "auto")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "evaluate_test", 5)
+        command(*flags)
+    torch.save(Poison(), "run/model/model.safetensors")
+    assert command(*flags) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("failed: run/model/model.safetensors cannot be read as weights (")
+    assert error.endswith("): put the file of step 5 back, or resume from a checkpoint before it")
+    assert not Path("poisoned").exists()
+
+
 # --- Full disk -----------------------------------------------------------------------------------------------------
 
 # What meets the full disk, from which call on, and the file that the message names.
