@@ -8,8 +8,10 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import weakref
@@ -48,9 +50,10 @@ import train
 from config import TrainConfig
 from data import BatchPlan, CutSettings, ShardDataset, training_loader
 from errors import UsageError, exit_status
+from meter import METER_SUMS
 from metrics import ErrorCounts, Score
 from processes import start_processes
-from run import Run
+from run import Run, RunState
 from runlog import LOG_COLUMNS, read_log
 
 TRAINING_COLUMNS = (
@@ -793,6 +796,140 @@ def test_poisoned_best_model_ends_the_run_in_one_line(
     assert not Path("poisoned").exists()
 
 
+@dataclass(frozen=True)
+class StoppedRun:
+    """A run that got SIGTERM in an update whose row is due: its settings, and its last checkpoint."""
+
+    folder: Path
+    flags: tuple[object, ...]
+
+    @property
+    def checkpoint(self) -> Path:
+        return checkpoint.list_checkpoints(self.folder)[-1]
+
+    def edit(self, **values: object) -> dict[str, object]:
+        """Change fields of the state in the checkpoint, and make its manifest agree; returns what they were."""
+        tensors, state = checkpoint.load_checkpoint(self.checkpoint)
+        before = {name: state["run"][name] for name in values}
+        state["run"] |= values
+        checkpoint.save_checkpoint(self.folder, state["run"]["step"], tensors, state)
+        return before
+
+
+STOPPED_AT = 5
+
+
+@pytest.fixture
+def stopped_run(
+    finished: Finished, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> StoppedRun:
+    """Fine-tuned, so that there are scores from before training; updates 2 and 5, counted from 0, are not finite."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", finished.data_dir, model_config=None, vocabulary="auto", max_steps=10,
+        logging_steps=5, eval_steps=4, model_name_or_path=str(finished.folder / "model"),
+    )  # fmt: skip
+    run = StoppedRun(tmp_path / "run", ("--config", recipe, "--output_dir", tmp_path / "run"))
+    break_losses(monkeypatch, lambda step: step in (2, STOPPED_AT))
+    original = train.train_step
+
+    def train_step(run: Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
+        if run.state.step == STOPPED_AT - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, update)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", train_step)
+        assert command(*run.flags) == 143
+    assert run.checkpoint.name == f"step_{STOPPED_AT:06d}"
+    return run
+
+
+def add(sums: list[float], name: str, count: float) -> list[float]:
+    return [value + count * (name == known) for known, value in zip(METER_SUMS, sums, strict=True)]
+
+
+# Fields of the state that the two tests below this line do not change: a resume refuses another identity.
+REFUSED_FIELDS = {"identity"}
+POSITION_FIELDS = {"step": 8, "finished_step": 8, "utterances_per_update": 3}
+
+
+def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: Callable[..., int]) -> None:
+    """Each is changed in the checkpoint, and shows where it belongs: nothing is found out again, or begins anew."""
+    state = checkpoint.load_state(stopped_run.checkpoint)["run"]
+    log_path, samples_path = (stopped_run.folder / name for name in ("training_log.csv", "eval_samples.csv"))
+    bad_path = stopped_run.folder / "bad_batches.csv"
+    header = log_path.read_bytes().splitlines(keepends=True)[0]
+    changed = {
+        "best_step": 1, "best_eval_wer": -1.0,  # cannot be beaten
+        "eval_wer_before": 7.0, "test_before": {"test_wer": 8.0},
+        "sums": add(state["sums"], "oom_retries", 30), "pending_sums": add(state["pending_sums"], "oom_retries", 4),
+        "grad_norm": 123.0, "bad_in_a_row": [1, 0], "deaf_loss": 1.25, "elapsed_seconds": 1e6,
+        "resumed_anyway": [{"step": 1, "changed": ["seed"]}],
+        "log_bytes": len(header),
+        "sample_bytes": samples_path.read_bytes().index(b"\n") + 1,
+        "bad_batch_bytes": bad_path.read_bytes().index(b"\n") + 1,
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(RunState)}
+    assert changed.keys() | POSITION_FIELDS.keys() | REFUSED_FIELDS == fields, "another field: change it here as well"
+    before = stopped_run.edit(**changed)
+    assert {name for name in changed if before[name] == changed[name]} == set()
+    flags = (*stopped_run.flags, "--resume_from_checkpoint", "last", "--max_bad_updates", 2)
+    assert command(*flags) == 1, "one update was left out before, one after: two in a row"
+    stopped_run.edit(bad_in_a_row=[0, 0])
+    assert command(*flags) == 0
+
+    results = json.loads((stopped_run.folder / "train_results.json").read_text())
+    assert (results["best_step"], results["best_eval_wer"]) == (1, -1.0)
+    assert (results["eval_wer_before"], results["test_wer_before"]) == (7.0, 8.0)
+    assert results["resumed_anyway"] == changed["resumed_anyway"]
+    log = read_log(log_path)
+    assert log["step"].tolist() == [5, 8, 10], "the rows of steps 0 and 4 were cut off"
+    assert log["oom_retries"].tolist() == [34, 34, 34]
+    assert log["grad_norm"][0] == 123.0
+    assert log["eval_deaf_loss"].tolist()[1:] == [1.25, 1.25]
+    assert (log["elapsed_seconds"] > 1e6).all()
+    assert {row["step"] for row in read_table(samples_path)} == {"8", "10"}
+    assert {row["step"] for row in read_table(bad_path)} == {"6"}
+
+
+def test_position_of_the_state_is_restored(stopped_run: StoppedRun, command: Callable[..., int]) -> None:
+    """Another step, another size of the update: what is trained on is what they say."""
+    trained, original = [], train.train_step
+
+    def train_step(run: Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
+        trained.append((update.step, update.num_utterances))
+        return original(run, update)
+
+    tensors, state = checkpoint.load_checkpoint(stopped_run.checkpoint)
+    state["run"] |= POSITION_FIELDS
+    checkpoint.save_checkpoint(stopped_run.folder, 8, tensors, state)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", train_step)
+        assert command(*stopped_run.flags, "--resume_from_checkpoint", "last") == 0
+    assert trained == [(8, 3), (9, 1)], "13 utterances an epoch"
+    assert read_log(stopped_run.folder / "training_log.csv")["step"].tolist() == [0, 4, 10], "8 was finished"
+
+
+def test_nothing_is_drawn_from_the_state_of_a_generator(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks, dropout and layerdrop are functions of seed and step, so that no checkpoint needs a random state."""
+    model_config = TINY_MODEL | TALKATIVE | MASKS | {"hidden_dropout": 0.2, "layerdrop": 0.5, "num_hidden_layers": 2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=model_config, eval_steps=3)
+    whole, scrambled = tmp_path / "whole", tmp_path / "scrambled"
+    assert command("--config", recipe, "--output_dir", whole) == 0
+    original = train.train_step
+
+    def train_step(run: Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(1000 + update.step)
+        return original(run, update)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert command("--config", recipe, "--output_dir", scrambled) == 0
+    assert_same_run(scrambled, whole)
+
+
 # --- Full disk -----------------------------------------------------------------------------------------------------
 
 # What meets the full disk, from which call on, and the file that the message names.
@@ -949,6 +1086,26 @@ def test_overflow_of_the_loss_scaler_is_counted_and_steps_nothing(
     assert expected[-1] < 16
     assert np.isfinite(log["train_loss"]).all()
     assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
+
+
+def test_resume_with_a_loss_scaler_is_invisible(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], cpu_scaler: Callable[[float], None]
+) -> None:
+    """A scaler that began anew at its first scale would skip updates once more."""
+    cpu_scaler(2.0**20)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL, max_steps=16, save_steps=14)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command("--config", recipe, "--output_dir", whole) == 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        stop_at(patch, "train_step", 15)
+        command("--config", recipe, "--output_dir", parts)
+    state = checkpoint.load_state(parts / "checkpoints" / "step_000014")
+    assert state["scaler"]["scale"] < 2.0**20
+    assert state["scaler"]["_growth_tracker"] > 0, "updates since the last skip, until the scale is raised"
+    assert command("--config", recipe, "--output_dir", parts, "--resume_from_checkpoint", "last") == 0
+    assert_same_run(parts, whole)
+    scalers = [checkpoint.load_state(run / "checkpoints" / "step_000016")["scaler"] for run in (parts, whole)]
+    assert scalers[0] == scalers[1]
 
 
 def test_loss_scaler_changes_no_gradient(
