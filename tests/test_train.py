@@ -1023,10 +1023,12 @@ def test_damaged_clip_ends_the_run_in_one_line(num_workers: int, prepared: Path,
 
 
 @pytest.mark.slow
-def test_promise_3_ten_kills_are_invisible() -> None:
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_promise_3_ten_kills_are_invisible(num_processes: int) -> None:
     """At random moments and at failpoints; the benchmark compares with the run that was never killed."""
     command = [sys.executable, REPOSITORY / "benchmarks" / "kill_resume.py", "--kills", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command += ["--processes", str(num_processes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = int(re.search(r"(\d+) kills survived", done.stdout)[1])
     assert kills >= 10
