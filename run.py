@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import checkpoint
@@ -25,11 +26,11 @@ import diagnosis
 import preflight
 import runlog
 from assembly import Assembly
-from atomic import UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
+from atomic import ASIDE, UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
 from data import ShardDataset
-from errors import Stopped, UsageError
+from errors import RunFailed, Stopped, UsageError
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
@@ -168,14 +169,24 @@ class Run(Assembly):
             print("\n".join(self._describe(disk)), flush=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             facts = describe_processes(self.accelerator)
-            header = "launched with " + ", ".join(f"{name} {value}" for name, value in facts.items())
             environment = runlog.describe_environment(Path(__file__).parent, self.train_set.fingerprint, facts)
             _remove_leftovers(self.folder)
-            found = replace(self.config, max_batch_seconds=self.max_batch_seconds, resume_from_checkpoint=None)
-            self._write("config.yaml", write_config(found, header))
+            self._write_config()
             self._write("environment.json", json.dumps(environment, indent=1))
             self._open_tables()
             preflight.write_report(self.folder, self.report, self)
+
+    def _write_config(self) -> None:
+        """`config.yaml`: the settings of this run, and what the launcher decided."""
+        facts = describe_processes(self.accelerator)
+        header = "launched with " + ", ".join(f"{name} {value}" for name, value in facts.items())
+        settings = replace(
+            self.config,
+            max_batch_seconds=self.max_batch_seconds,
+            resume_from_checkpoint=None,
+            resume_anyway=False,
+        )
+        self._write("config.yaml", write_config(settings, header))
 
     def _read_checkpoint(self) -> None:
         """The state of the checkpoint to resume from, when it belongs to this very run."""
@@ -233,6 +244,8 @@ class Run(Assembly):
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         if self.is_main:
+            if saved["run"]["identity"] != self.state.identity:
+                self._write_config()  # --resume_anyway: the next resume is one of the run as it is now.
             recover_folder(self.folder / "model")
             self._open_tables()
             self.log.truncate(self.state.log_bytes)
@@ -398,9 +411,20 @@ class Run(Assembly):
         print(f"{rank}{message}", file=sys.stderr, flush=True)
 
     def load_best(self) -> None:
-        """Put the weights of model/ in place, on every rank."""
+        """Put the weights of model/ in place, on every rank.
+
+        Raises:
+            RunFailed: the file is not there any more, or is another one.
+        """
         self.accelerator.wait_for_everyone()
-        self.model.hf.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
+        path = self.folder / "model" / "model.safetensors"
+        try:
+            self.model.hf.load_state_dict(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(
+                f"{path} cannot be read as weights ({error}): put the file of step {self.state.best_step} back, or "
+                "resume from a checkpoint before it"
+            ) from error
 
     def write_results(self, results: dict[str, object]) -> None:
         """`train_results.json`, the mark of a finished run."""
@@ -536,7 +560,8 @@ def choose_beginning(config: TrainConfig) -> TrainConfig | None:
 
 
 def _refuse_occupied(folder: Path, is_auto: bool) -> None:
-    names = {path.name.removesuffix(UNFINISHED) for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    names = {name.removesuffix(UNFINISHED).removesuffix(ASIDE) for name in names}  # left by a kill
     # preflight.py may have written its report there.
     if folder.is_dir() and names <= set(RUN_FILES if is_auto else preflight.REPORT_FILES):
         return

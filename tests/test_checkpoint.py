@@ -1,14 +1,18 @@
 """Checkpoints: what comes back, what is refused, and what a kill or a full disk leaves behind."""
 
+import ast
 import hashlib
+import io
 import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 import atomic
 import checkpoint
@@ -175,18 +179,97 @@ class Poison:
         return os.system, ("touch poisoned",)
 
 
-def test_poisoned_checkpoint_is_refused_and_not_executed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = save_checkpoint(tmp_path, 100, TENSORS, {})
-    data = pickle.dumps(Poison())
-    (folder / "tensors.safetensors").write_bytes(data)
-    assert "bytes" in find_damage(folder)
+def saved_by_torch(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+POISONS = {
+    "pickle": pickle.dumps(Poison()),
+    "pickle of ASCII": pickle.dumps(Poison(), protocol=0),
+    "torch.save": saved_by_torch(Poison()),
+}
+
+
+def seal(folder: Path) -> None:
+    """Make the manifest agree with the files, as whoever exchanges them would."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["tensors.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for name in manifest["files"]:
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="is not a checkpoint of this program"):
-        load_checkpoint(find_checkpoint(tmp_path, "last"))
+
+
+@pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS.keys())
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
+def test_poisoned_checkpoint_is_not_executed(name: str, poison: bytes, tmp_path: Path, monkeypatch) -> None:
+    """Its manifest gives it away; where that has been made to agree, the files themselves do."""
+    monkeypatch.chdir(tmp_path)
+    older, newer = (save_checkpoint(tmp_path, step, TENSORS, {}) for step in (100, 200))
+    (newer / name).write_bytes(poison)
+    assert find_checkpoint(tmp_path, "last", lambda _: None) == older
+    if name != "manifest.json":
+        seal(newer)
+        found = find_checkpoint(tmp_path, "last")
+        assert found == newer
+        with pytest.raises(UsageError, match="step_000200 is not a checkpoint of this program"):
+            load_checkpoint(found)
+        if name == "state.json":
+            with pytest.raises(UsageError, match="step_000200 is not a checkpoint of this program"):
+                load_state(found)
     assert not (tmp_path / "poisoned").exists()
+    os.system(Poison().__reduce__()[1][0])
+    assert (tmp_path / "poisoned").exists(), "the poison does nothing"
+
+
+# What loads may be called with, by module; `pickle` may load nothing.
+SAFE_LOADS = {"torch": "weights_only=True", "np": "allow_pickle=False"}
+
+
+def calls_that_run_code(source: str) -> Iterator[str]:
+    """Calls and imports that could run what a file holds. Of pickle the program needs the class of its errors."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module in ("pickle", "torch", "numpy"):
+            yield from (f"from {node.module} import load" for alias in node.names if "load" in alias.name)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in ("dill", "cloudpickle", "joblib", "shelve"))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+            if node.attr != "UnpicklingError":
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Call):
+            module, _, name = ast.unparse(node.func).rpartition(".")
+            given = [ast.unparse(keyword) for keyword in node.keywords]
+            if (name == "load" and module in SAFE_LOADS and SAFE_LOADS[module] not in given) or (
+                "trust_remote_code=True" in given
+            ):
+                yield ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("torch.load(path, weights_only=True)", 0),
+        ("isinstance(error, pickle.UnpicklingError)", 0),
+        ("np.load(path, allow_pickle=False)", 0),
+        ("torch.load(path)", 1),
+        ("torch.load(path, weights_only=False)", 1),
+        ("np.load(path)", 1),
+        ("pickle.load(file)", 1),
+        ("pickle.Unpickler(file).load()", 1),
+        ("from torch import load", 1),
+        ("AutoModel.from_pretrained(name, trust_remote_code=True)", 1),
+    ],
+)
+def test_calls_that_run_code_are_found(source: str, count: int) -> None:
+    assert len(list(calls_that_run_code(source))) == count
+
+
+def test_nothing_in_the_program_loads_pickles() -> None:
+    """Promise 7."""
+    paths = [path for folder in (REPOSITORY, REPOSITORY / "benchmarks") for path in folder.glob("*.py")]
+    assert len(paths) > 40
+    assert {path.name: found for path in paths if (found := list(calls_that_run_code(path.read_text())))} == {}
 
 
 def make_training(seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

@@ -264,14 +264,19 @@ def repeatable(ranks: Ranks) -> list[dict[str, str]]:
 
 def assert_same_training(found: Ranks, expected: Ranks, steps: int) -> None:
     """Losses, gradient norms, gradients of the first update, weights at the end; and what was trained on."""
-    for name in ("train_loss", "grad_norm", "learning_rate"):
-        assert found.column(name) == pytest.approx(expected.column(name), rel=1e-4, nan_ok=True), name
+    assert_same_outcome(found, expected, steps)
     assert found.column("train_loss")[0] == pytest.approx(expected.column("train_loss")[0], rel=1e-5)
     mine, theirs = (ranks.records[0]["gradients"][0] for ranks in (found, expected))
     assert (mine - theirs).norm() / theirs.norm() < 1e-5
     for step in range(steps):
         assert found.trained(step) == expected.trained(step)
         assert all(torch.equal(r["gradients"][step], found.records[0]["gradients"][step]) for r in found.records)
+
+
+def assert_same_outcome(found: Ranks, expected: Ranks, steps: int) -> None:
+    """Losses, gradient norms and learning rates of all rows, and the weights at the end."""
+    for name in ("step", "train_loss", "grad_norm", "learning_rate"):
+        assert found.column(name) == pytest.approx(expected.column(name), rel=1e-4, nan_ok=True), name
     weights = expected.state(steps)
     for name, value in found.state(steps).items():
         # A bias of the keys cancels in the softmax: its gradient is rounding, which AdamW makes a step of.
@@ -370,6 +375,38 @@ def test_resume_with_two_processes_is_invisible(
     assert "at step 4 of 6" in alone.stdout[0]
     assert [alone.trained(step) for step in range(2)] == [whole.trained(step) for step in range(4, 6)]
     assert alone.column("step") == whole.column("step")
+
+
+@pytest.mark.slow
+def test_resume_with_another_number_of_processes_makes_the_same_updates(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Stopped in the middle of the second of three epochs, behind an update that is lost with it."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=TINY_GROUP_NORM_MODEL | MASKS | {"initializer_range": 0.1},
+        max_steps=6, save_steps=3, do_predict=False,
+    )  # fmt: skip
+    whole = run_ranks(1, "whole", "--config", recipe, "--per_device_train_batch_size", 10)
+    updates = [whole.trained(step) for step in range(6)]
+    assert [len(ids) for ids in updates] == [10, 3] * 3
+    for before, numbers in ((2, [1, 5]), (1, [2])):
+        flags = ("--config", recipe, "--per_device_train_batch_size", 10 // before)
+        stopped = run_ranks(before, f"from_{before}", *flags, stop_at=4)
+        assert [path.name for path in list_checkpoints(stopped.run_dir)] == ["step_000003"]
+        for after in numbers:
+            name = f"from_{before}_to_{after}"
+            shutil.copytree(stopped.run_dir, tmp_path / name)
+            resumed = run_ranks(after, name, *flags, "--resume_from_checkpoint", "last")
+            assert "at step 3 of 6" in resumed.stdout[0]
+            trained = [stopped.trained(step) for step in range(3)] + [resumed.trained(step) for step in range(3)]
+            assert trained == updates, name
+            for epoch in range(3):
+                ids = trained[2 * epoch] + trained[2 * epoch + 1]
+                assert len(ids) == len(set(ids)) == 13, (name, epoch)
+            assert_same_outcome(resumed, whole, steps=6)
+            for column in ("eval_wer", "eval_cer", "blank_fraction"):
+                assert resumed.column(column)[-1] == whole.column(column)[-1], (name, column)
+            assert [len(record["trained"][0]) for record in resumed.records].count(0) == max(0, after - 3), name
 
 
 def test_every_rank_refuses_and_the_first_says_why(
