@@ -43,8 +43,11 @@ RESAMPLING = {
 }
 # Kernel of a rate with a small common divisor (44,101 Hz: 2.8 GB); sane rates need under 0.5 million values.
 MAX_RESAMPLING_KERNEL = 20_000_000
-SILENCE_FRAME_SAMPLES = SAMPLE_RATE_HZ * 20 // 1000
+POWER_FRAME_SAMPLES = SAMPLE_RATE_HZ * 20 // 1000
 SILENCE_RELATIVE_POWER = 1e-5  # -50 dB
+NOISE_QUANTILE = 0.1
+SNR_MIN_FRAMES = 5
+SNR_RANGE = (1e-2, 1e6)  # -20 to 60 dB
 SPECTRUM_FRAME_SAMPLES = 512
 BANDWIDTH_ENERGY_SHARE = 0.99
 # Less than this share of the energy is noise of a resampler or of 16 bits: 8 kHz speech ends at 3.9 kHz by it in the
@@ -55,6 +58,7 @@ CLIPPED_RUN_SAMPLES = 3
 # Below it a flat top is 16-bit rounding, or a wave too quiet to have been cut.
 CLIPPED_MIN_PEAK = 0.1
 INT16_STEP = 1 / INT16_FULL_SCALE
+ROUNDING_POWER = INT16_STEP**2 / 12
 FRAMES_AT_ONCE = 4096
 MIN_SAMPLES_PER_STEP = 64
 READ_BLOCK_SECONDS = 60
@@ -112,6 +116,13 @@ class Measures:
     bandwidth_hz: the frequency below which 99 % of the energy lies.
     highest_frequency_hz: the frequency above which less than a 100,000th of the energy lies: where a recording at a
         lower rate, or a codec, ends.
+    snr_db: estimated power of speech over noise, -20 to 60. The noise is the 10th percentile of the powers of 20 ms
+        frames, the speech their mean less it; frames of one repeated value (digital silence) count for neither; NaN
+        where fewer than five are left. Mean absolute error with white noise / babble at 0 to 20 dB under active speech
+        (benchmarks/snr_estimate.py): 1.7 / 2.3 dB in sentences, 2.7 / 3.0 in single words. WADA-SNR (Kim & Stern 2008):
+        1.5 / 1.2 and 4.4 / 4.6, but 33 +- 8 at 30 dB (this: 27 +- 1), and 60 if half of the clip is pause (25 +- 1).
+        Reads 5 dB too high in babble at 0 dB, 4 too low in white noise if half of the clip is pause. What never pauses
+        is noise to it, and so is the softest speech where all pauses are digital silence.
     """
 
     peak: float
@@ -123,6 +134,7 @@ class Measures:
     trailing_silence_seconds: float
     bandwidth_hz: float
     highest_frequency_hz: float
+    snr_db: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,18 +205,21 @@ def measure(samples_S: np.ndarray, decoded_S: np.ndarray | None = None) -> Measu
     clipping_fraction = _clipping_fraction(signal_S / INT16_FULL_SCALE if decoded_S is None else decoded_S)
     signal_S *= np.float32(INT16_STEP)
     signal_S -= np.float32(mean)
-    num_silent, leading, trailing = _silent_frames(signal_S)
+    frames_FW = _frames(signal_S, POWER_FRAME_SAMPLES)
+    power_F = np.einsum("fw,fw->f", frames_FW, frames_FW) / POWER_FRAME_SAMPLES
+    num_silent, leading, trailing = _silent_frames(power_F)
     bandwidth_hz, highest_frequency_hz = _frequencies_hz(signal_S)
     return Measures(
         peak=max(highest, -lowest) / INT16_FULL_SCALE,
         rms=0.0 if lowest == highest else math.sqrt(float(np.dot(signal_S, signal_S)) / len(signal_S)),
         dc_offset=mean,
         clipping_fraction=clipping_fraction,
-        silence_fraction=num_silent / max(len(signal_S) // SILENCE_FRAME_SAMPLES, 1),
-        leading_silence_seconds=leading * SILENCE_FRAME_SAMPLES / SAMPLE_RATE_HZ,
-        trailing_silence_seconds=trailing * SILENCE_FRAME_SAMPLES / SAMPLE_RATE_HZ,
+        silence_fraction=num_silent / len(power_F),
+        leading_silence_seconds=leading * POWER_FRAME_SAMPLES / SAMPLE_RATE_HZ,
+        trailing_silence_seconds=trailing * POWER_FRAME_SAMPLES / SAMPLE_RATE_HZ,
         bandwidth_hz=bandwidth_hz,
         highest_frequency_hz=highest_frequency_hz,
+        snr_db=_snr_db(samples_S, power_F),
     )
 
 
@@ -451,14 +466,22 @@ def _count_in_runs(at_limit_S: np.ndarray) -> int:
     return int(lengths[lengths >= CLIPPED_RUN_SAMPLES].sum())
 
 
-def _silent_frames(signal_S: np.ndarray) -> tuple[int, int, int]:
+def _silent_frames(power_F: np.ndarray) -> tuple[int, int, int]:
     """Frames over 50 dB below the loudest: all, those before the first louder one, those behind the last."""
-    frames_FW = _frames(signal_S, SILENCE_FRAME_SAMPLES)
-    power_F = np.einsum("fw,fw->f", frames_FW, frames_FW)
     loud_F = np.flatnonzero((power_F >= power_F.max() * SILENCE_RELATIVE_POWER) & (power_F > 0))
     if not len(loud_F):
         return len(power_F), len(power_F), 0
     return len(power_F) - len(loud_F), int(loud_F[0]), len(power_F) - 1 - int(loud_F[-1])
+
+
+def _snr_db(samples_S: np.ndarray, power_F: np.ndarray) -> float:
+    """See `Measures`; `power_F` is that of the int16 samples' frames."""
+    frames_FW = _frames(samples_S, POWER_FRAME_SAMPLES)
+    power_F = np.sort(power_F[frames_FW.min(axis=1) != frames_FW.max(axis=1)])
+    if len(power_F) < SNR_MIN_FRAMES:
+        return math.nan
+    noise = max(float(power_F[int(NOISE_QUANTILE * len(power_F))]), ROUNDING_POWER)
+    return 10 * math.log10(np.clip(float(power_F.mean()) / noise - 1, *SNR_RANGE))
 
 
 def _frequencies_hz(signal_S: np.ndarray) -> tuple[float, float]:

@@ -22,7 +22,7 @@ from corpora import SPLITS
 from errors import RunFailed, UsageError
 from progress import Progress
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SEAL = "seal"
 MEGABYTE = 10**6
 

@@ -8,6 +8,7 @@ import torchaudio
 
 import audio
 from audio import ClipError, ClipPool, ClipRequest, Measures, measure, read_clip, resample
+from benchmarks import snr_estimate
 
 
 def tone(seconds: float, rate: int, frequency: float = 440.0, amplitude: float = 0.5) -> np.ndarray:
@@ -159,6 +160,7 @@ def test_a_constant_clip_is_the_one_without_rms(value, num_samples):
         trailing_silence_seconds=0.0,
         bandwidth_hz=0.0,
         highest_frequency_hz=0.0,
+        snr_db=pytest.approx(np.nan, nan_ok=True),
     )
     nearly = np.full(num_samples + 1, value, np.int16)
     nearly[-1] += 1
@@ -226,6 +228,59 @@ def test_silence_is_relative_to_the_loudest_frame(level_db, is_silence):
     quiet = tone(1.0, 16_000, amplitude=0.9 * 10 ** (level_db / 20))
     clip = int16(np.concatenate((tone(1.0, 16_000, amplitude=0.9), quiet)))
     assert (measure(clip).silence_fraction > 0.4) == is_silence
+
+
+def speech_with_pauses(seconds: float = 5.0) -> np.ndarray:
+    """Gamma-distributed amplitudes in words of 0.4 s, 0.1 s between them; power 1 and no offset."""
+    words = snr_estimate.gamma_speech(np.random.default_rng(0), round(0.8 * seconds * 16_000))
+    words = (words - words.mean()).reshape(-1, 6_400)
+    return np.pad(words, ((0, 0), (0, 1_600))).ravel() / np.sqrt(0.8 * np.square(words).mean())
+
+
+@pytest.mark.parametrize("snr_db", [-5, 0, 5, 10, 20, 30, 40])
+def test_snr_of_known_mixtures(snr_db):
+    speech = speech_with_pauses()
+    noise = np.random.default_rng(1).standard_normal(len(speech)) / 10 ** (snr_db / 20)
+    mixed = 0.02 * (speech + noise)
+    assert measure(int16(mixed)).snr_db == pytest.approx(snr_db, abs=1)
+    assert measure(int16(mixed + 0.1)).snr_db == pytest.approx(measure(int16(mixed)).snr_db, abs=0.1), "offset"
+    between_zeros = np.pad(int16(mixed), (32_000, 64_000))
+    assert measure(between_zeros).snr_db == pytest.approx(measure(int16(mixed)).snr_db, abs=0.1), "digital silence"
+
+
+@pytest.mark.parametrize("num_samples", [1, 319, 4 * 320, 5 * 320 - 1])
+def test_a_clip_of_less_than_five_frames_has_no_snr(num_samples):
+    noise = int16(np.random.default_rng(0).standard_normal(num_samples) * 0.1)
+    assert np.isnan(measure(noise).snr_db)
+    assert np.isnan(measure(np.concatenate((np.zeros(32_000, np.int16), noise))).snr_db)
+
+
+def test_snr_is_limited():
+    assert measure(int16(tone(1.0, 16_000, 1_000.0))).snr_db == -20, "what never pauses is noise"
+    one_step = np.random.default_rng(0).integers(-1, 2, 16_000)
+    assert measure(np.concatenate((int16(tone(1.0, 16_000)), one_step.astype(np.int16)))).snr_db == 60
+
+
+@pytest.mark.parametrize("noise", ["white", "babble"])
+@pytest.mark.parametrize(("corpus", "folder", "tolerance_db"), [("yo", "clips", 3.0), ("digits", "wav", 4.0)])
+def test_snr_of_real_speech_in_noise(corpora, corpus, folder, tolerance_db, noise):
+    clips = snr_estimate.read_clips(corpora(corpus) / folder, 20)
+    rng, true_db = np.random.default_rng(0), np.array([0, 5, 10, 15, 20])
+    mixtures = [[snr_estimate.mixture(clip, clips, noise, db, rng) for db in true_db] for clip in clips]
+    found_db = np.array([[measure(mixed).snr_db for mixed in row] for row in mixtures])
+    assert (np.diff(found_db.mean(axis=0)) > 1).all()
+    assert np.abs(found_db - true_db).mean() < tolerance_db
+
+
+@pytest.mark.parametrize("snr_db", [-10, 0, 10, 20, 30])
+def test_the_estimate_that_was_turned_down_is_as_published(snr_db):
+    rng = np.random.default_rng(0)
+    speech = snr_estimate.gamma_speech(rng, 1_000_000)
+    noise = rng.standard_normal(len(speech)) * np.sqrt(np.square(speech).mean() / 10 ** (snr_db / 10))
+    amplitudes = np.abs(speech + noise)
+    simulated = np.log(amplitudes.mean()) - np.log(amplitudes).mean()
+    assert snr_estimate.wada_statistic(snr_db) == pytest.approx(simulated, abs=0.004)
+    assert snr_estimate.wada_db(snr_estimate.to_int16(speech + noise)) == pytest.approx(snr_db, abs=1)
 
 
 def test_pool_keeps_order_and_bounds_what_is_under_way(tmp_path):

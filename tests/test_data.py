@@ -220,10 +220,10 @@ DAMAGES: dict[str, tuple[Mutate, str]] = {
     "JSON of another kind": (lambda part: (part / "part.json").write_text("[1]"), "damaged"),
     "not text": (lambda part: (part / "part.json").write_bytes(b"\xff\xfe\x00"), "damaged"),
     "an older schema": (
-        lambda part: edit_facts(part, schema_version=2),
-        "schema 2, this version reads 3.*: prepare the corpus again",
+        lambda part: edit_facts(part, schema_version=3),
+        "schema 3, this version reads 4.*: prepare the corpus again",
     ),
-    "a newer schema": (lambda part: edit_facts(part, schema_version=4), "schema 4, this version reads 3"),
+    "a newer schema": (lambda part: edit_facts(part, schema_version=5), "schema 5, this version reads 4"),
     "a number changed": (
         lambda part: (part / "part.json").write_text(
             (part / "part.json").read_text().replace('"rows": 5', '"rows": 6')

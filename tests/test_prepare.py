@@ -680,9 +680,9 @@ def test_verify_needs_a_prepared_folder_of_this_version(tmp_path, three_parts):
     shutil.rmtree(out / "dev/part_1")
     with pytest.raises(RunFailed, match="is damaged"):
         integrity.verify(out)
-    facts = json.loads((out / "prepare.json").read_text()) | {"schema_version": 2}
+    facts = json.loads((out / "prepare.json").read_text()) | {"schema_version": 3}
     (out / "prepare.json").write_text(json.dumps(facts))
-    with pytest.raises(UsageError, match=r"another version \(prepare.json has schema 2, this version reads 3\)"):
+    with pytest.raises(UsageError, match=r"another version \(prepare.json has schema 3, this version reads 4\)"):
         integrity.verify(out)
 
 
@@ -862,7 +862,7 @@ def test_real_yoruba_mp3(tmp_path):
     for row in rows:
         seconds = soundfile.info(corpus / "clips" / row["path"]).duration
         assert row["num_samples"] / 16_000 == pytest.approx(seconds, abs=1e-3)
-        assert 0.05 < row["peak"] <= 1.0 and 300 < row["bandwidth_hz"] < 8_000
+        assert 0.05 < row["peak"] <= 1.0 and 300 < row["bandwidth_hz"] < 8_000 and 15 < row["snr_db"] < 60
 
 
 def test_real_digits(tmp_path):
