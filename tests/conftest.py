@@ -21,8 +21,16 @@ from audio import SAMPLE_RATE_HZ, Clip, measure
 from corpora import SourceRow
 from integrity import SCHEMA_VERSION, sealed
 from shards import PartWriter
+from stopping import end_loaders
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_sessionfinish() -> None:
+    """End loading processes that a test has left: they do not hear SIGTERM, and Python would wait for them for ever."""
+    end_loaders()
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Two convolutions with a frame of 20 ms, one layer: a step takes milliseconds.

@@ -73,7 +73,12 @@ def _fork_rank(rank: int, request: dict) -> int:
         "LOCAL_WORLD_SIZE": str(request["num_processes"]), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(request["port"]), "ACCELERATE_MIXED_PRECISION": "no",
     }  # fmt: skip
-    sys.argv = ["train.py", *request["arguments"]]
+    sys.argv = [f"{request['program']}.py", *request["arguments"]]
+    if request["program"] == "evaluate":
+        import evaluate
+        from errors import exit_status
+
+        sys.exit(exit_status(evaluate.main))
     # The interpreter ends as it does for a user: that is where processes without end_training abort (trap 8).
     failure = request["failure"] if request["failure"] and request["failure"]["rank"] == rank else None
     sys.exit(_run_rank(folder / f"rank_{rank}.pt", request["stop_at"], failure))
@@ -224,13 +229,14 @@ def run_ranks(server: subprocess.Popen, tmp_path: Path) -> Callable[..., Ranks]:
 
     def run(
         num_processes: int, name: str, *arguments: object, stop_at: int | None = None, failure: dict | None = None,
-        status: int = 0,
+        status: int = 0, program: str = "train",
     ) -> Ranks:  # fmt: skip
         folder = tmp_path / f"ranks_{next(numbers)}"
         folder.mkdir()
         request = {
-            "num_processes": num_processes, "folder": str(folder), "port": free_port(), "stop_at": stop_at,
-            "failure": failure, "arguments": [*map(str, arguments), "--output_dir", str(tmp_path / name)],
+            "program": program, "num_processes": num_processes, "folder": str(folder), "port": free_port(),
+            "stop_at": stop_at, "failure": failure,
+            "arguments": [*map(str, arguments), "--output_dir", str(tmp_path / name)],
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
@@ -550,6 +556,30 @@ def test_a_rank_that_hangs_stops_the_others_in_bounded_time(
     assert line.startswith("failed: another process of the run has not answered within --ddp_timeout (")
     assert (tmp_path / "run" / "checkpoints" / "step_000002").is_dir()
     assert time.monotonic() - started_at < SECONDS_FOR_A_RUN
+
+
+# --- evaluate.py ---------------------------------------------------------------------------------------------------
+
+
+def test_promise_2_evaluation_by_two_processes_is_that_of_one(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Each utterance once, the same table byte for byte; also where one rank has no text at all."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=TINY_GROUP_NORM_MODEL | TALKATIVE, max_steps=2,
+        do_predict=False,
+    )  # fmt: skip
+    model = run_ranks(1, "run", "--config", recipe).run_dir / "model"
+    for split, flags in (("train", ("--per_device_eval_batch_size", 2)), ("test", ())):
+        settings = ("--model_name_or_path", model, "--data_dir", prepared, "--split", split, *flags)
+        one, two = (run_ranks(count, f"{split}_{count}", *settings, program="evaluate") for count in (1, 2))
+        tables = [(ranks.run_dir / "utterances.csv").read_bytes() for ranks in (one, two)]
+        assert tables[0] == tables[1]
+        results = [json.loads((ranks.run_dir / "results.json").read_text()) for ranks in (one, two)]
+        for found in results:
+            del found["processes"], found["seconds_taken"]
+        assert results[0] == results[1]
+        assert two.stdout[1] == ""
 
 
 # --- Asked to stop -------------------------------------------------------------------------------------------------

@@ -147,7 +147,12 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert repeatable(found) == repeatable(expected)
     newest = checkpoint.list_checkpoints(expected)[-1].name
     files = [tree(folder) for folder in (found, expected)]
-    for name in ("eval_samples.csv", "model/model.safetensors", f"checkpoints/{newest}/tensors.safetensors"):
+    for name in (
+        "eval_samples.csv",
+        "eval_slices.csv",
+        "model/model.safetensors",
+        f"checkpoints/{newest}/tensors.safetensors",
+    ):
         assert files[0][name] == files[1][name], name
 
 
