@@ -15,7 +15,6 @@ from corpora import sentence_key
 from data import ShardDataset
 from errors import UsageError
 from intervals import Interval, rate_interval
-from metrics import COUNT_COLUMNS
 from shards import part_schema
 
 DURATION_EDGES_SECONDS = (2, 4, 7, 12)
@@ -61,7 +60,7 @@ class Slice:
     group: str
     utterances: int
     wer: Interval
-    cer: Interval
+    cer: float
 
     @property
     def is_small(self) -> bool:
@@ -227,7 +226,9 @@ class Breakdown:
         for grouping in self.groupings:
             for code, group in enumerate(grouping.groups):
                 inside = np.flatnonzero(grouping.codes == code)
-                wer, cer = error_intervals(counts[inside], self.speakers[inside])
+                words, characters = _errors_and_lengths(counts[inside])
+                wer = rate_interval(*words, self.speakers[inside])
+                cer = float(characters[0].sum() / max(characters[1].sum(), 1))
                 slices.append(Slice(grouping.name, group, len(inside), wer, cer))
         return slices
 
@@ -254,9 +255,14 @@ def draw_stratified(
 
 def error_intervals(counts: np.ndarray, speakers: np.ndarray) -> tuple[Interval, Interval]:
     """WER and CER with their intervals from the counts of N utterances, [N, 8], and their speakers' codes, [N]."""
-    half = len(COUNT_COLUMNS) // 2
-    words, characters = counts[:, :half], counts[:, half:]
-    return tuple(rate_interval(part[:, :3].sum(1), part[:, 1:].sum(1), speakers) for part in (words, characters))
+    words, characters = _errors_and_lengths(counts)
+    return rate_interval(*words, speakers), rate_interval(*characters, speakers)
+
+
+def _errors_and_lengths(counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of the words and of the characters: errors and lengths of the references, [N] each."""
+    for part in np.split(counts, 2, axis=1):
+        yield part[:, :3].sum(1), part[:, 1:].sum(1)
 
 
 def describe_slice(one: Slice) -> dict[str, object]:
@@ -268,7 +274,7 @@ def describe_slice(one: Slice) -> dict[str, object]:
         "utterances": one.utterances,
         "wer": one.wer.rate,
         **{name: None if math.isnan(value) else value for name, value in limits.items()},
-        "cer": one.cer.rate,
+        "cer": one.cer,
         "unit": one.wer.unit,
         "is_small": one.is_small,
     }

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,6 +264,19 @@ def test_the_folder_beside_the_model_is_the_default(
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--split", "dev"])
     assert exit_status(evaluate.main) == 0
     assert len(read_rows(tmp_path / "run" / "evaluation_dev")) == 4
+
+
+def test_texts_of_a_large_set_lie_on_the_disk() -> None:
+    tracemalloc.start()
+    try:
+        with TextSpool() as spool:
+            for row in range(20_000):
+                spool.add(row, f"reference {row} " * 10, f"hypothesis {row} " * 10)
+            held, _ = tracemalloc.get_traced_memory()
+            assert held < 20_000 * 20, "two numbers of eight bytes for each"
+            assert sum(1 for _ in spool.sorted()) == 20_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_texts_come_back_in_the_order_of_the_rows() -> None:

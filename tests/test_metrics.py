@@ -1,8 +1,10 @@
 """Decoding against transformers' tokenizer, error counts against jiwer."""
 
 import random
+from dataclasses import astuple
 
 import jiwer
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +99,32 @@ def test_error_counts_equal_jiwer_on_random_texts() -> None:
         hypotheses.append(hypothesis)
     assert words.rate == jiwer.wer(references, hypotheses)
     assert characters.rate == jiwer.cer(references, hypotheses)
+
+
+def test_error_counts_are_the_least_of_all_alignments() -> None:
+    """Brute force: every alignment of two short texts, and the counts of one with the fewest edits."""
+
+    def alignments(reference: str, hypothesis: str) -> set[tuple[int, int, int, int]]:
+        """(insertions, deletions, substitutions, hits) of each."""
+        if not reference:
+            return {(len(hypothesis), 0, 0, 0)}
+        if not hypothesis:
+            return {(0, len(reference), 0, 0)}
+        is_hit = reference[0] == hypothesis[0]
+        steps = (
+            (reference, hypothesis[1:], (1, 0, 0, 0)),
+            (reference[1:], hypothesis, (0, 1, 0, 0)),
+            (reference[1:], hypothesis[1:], (0, 0, int(not is_hit), int(is_hit))),
+        )
+        return {tuple(np.add(step, rest).tolist()) for *texts, step in steps for rest in alignments(*texts)}
+
+    draw = random.Random(0)
+    for _ in range(60):
+        texts = ["".join(draw.choices("abc", k=draw.randint(0, 5))) for _ in range(2)]
+        found, possible = count_character_errors(*texts), alignments(*texts)
+        assert astuple(found) in possible
+        assert found.errors == min(sum(counts[:3]) for counts in possible)
+        assert count_word_errors(" ".join(texts[0]), " ".join(texts[1])) == found
 
 
 @pytest.mark.parametrize(
