@@ -44,6 +44,7 @@ from transformers import get_scheduler, pipeline
 
 import checkpoint
 import demo
+import evaluate as evaluate_command
 import processes
 import runlog
 import scoring
@@ -302,6 +303,49 @@ def test_config_yaml_repeats_the_run(finished: Finished, tmp_path: Path, command
         np.testing.assert_allclose(first[column], second[column], rtol=1e-5, err_msg=column)
     samples = [tree(folder)["eval_samples.csv"] for folder in (finished.folder, tmp_path / "again")]
     assert samples[0] == samples[1]
+
+
+def test_a_subset_of_dev_while_training_and_all_of_it_at_the_end(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """The whole set's figures are those that evaluate.py finds for the best model."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=4, eval_steps=2, max_eval_samples=3)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^evaluation  3 of 5 clips, 2 times: about \d+% of the run", said, re.M)
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    flags = ["--model_name_or_path", tmp_path / "run" / "model", "--data_dir", prepared, "--split", "dev"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    assert exit_status(evaluate_command.main) == 0
+    found = json.loads((tmp_path / "run" / "evaluation_dev" / "results.json").read_text())
+    for name in ("wer", "wer_low", "wer_high", "cer", "cer_low", "cer_high"):
+        assert results[f"eval_full_{name}"] == found[name]
+    log = read_log(tmp_path / "run" / "training_log.csv").dropna(subset=["eval_wer"])
+    assert len(log) == 2
+    assert (log["eval_wer_low"] <= log["eval_wer"]).all()
+    assert (log["eval_wer"] <= log["eval_wer_high"]).all()
+    slices = read_table(tmp_path / "run" / "eval_slices.csv")
+    assert {row["step"] for row in slices} == {"2", "4"}
+    for step in ("2", "4"):
+        voices = [row for row in slices if (row["step"], row["slice"]) == (step, "speaker")]
+        assert sum(int(row["utterances"]) for row in voices) == 3
+
+
+def test_an_evaluation_that_takes_most_of_the_run_says_so(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """The English seed's setting stays possible, and its cost is known before the first step."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, eval_steps=1, per_device_train_batch_size=4)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    found = re.search(
+        r"^evaluation  5 of 5 clips, 5 times: about (\d+)% of the run; --max_eval_samples (\d+) would make it 10%",
+        capsys.readouterr().out, re.M,
+    )  # fmt: skip
+    seconds = {split: ShardDataset(prepared / split).num_samples for split in ("train", "dev")}
+    evaluated, trained = 5 * seconds["dev"].sum() / 3, 5 * 4 * seconds["train"].mean()
+    assert int(found[1]) == pytest.approx(100 * evaluated / (evaluated + trained), abs=1)
+    assert int(found[2]) == int(5 * trained / 9 / evaluated)
 
 
 def test_retention_never_costs_the_best(
