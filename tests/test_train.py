@@ -328,7 +328,7 @@ def test_a_subset_of_dev_while_training_and_all_of_it_at_the_end(
     slices = read_table(tmp_path / "run" / "eval_slices.csv")
     assert {row["step"] for row in slices} == {"2", "4"}
     for step in ("2", "4"):
-        voices = [row for row in slices if (row["step"], row["slice"]) == (step, "speaker")]
+        voices = [row for row in slices if (row["step"], row["slice"]) == (step, "speaker_in_train")]
         assert sum(int(row["utterances"]) for row in voices) == 3
 
 
