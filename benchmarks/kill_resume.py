@@ -4,11 +4,12 @@
 
 Half of the kills come at a moment drawn uniformly from the wall time of an undisturbed run, half at a failpoint: in the
 middle of an accumulation window, an optimizer step, an evaluation, a row of the log, the plot, the best model, a
-checkpoint, the swap of a folder, retention, a resume, the test set or the results. A failpoint that a run did not reach
-is armed again, at its first call, until it is hit. All processes of an attempt, the loading ones too, die at once, as
-when the machine goes down; with several ranks the failpoint is the main one's, or a drawn one's where all pass it. The
-program is imported once and forked for every rank. The corpus is the spoken digits of CTC_CORPORA where they are, else
-made-up clips.
+checkpoint, the swap of one for a damaged one, retention, a resume, the test set or the results. A failpoint that a run
+did not reach is armed again, at its first call, until it is hit.
+
+All processes of an attempt, the loading ones too, die at once, as when the machine goes down; with several ranks the
+failpoint is the main one's, or a drawn one's where all pass it. The program is imported once and forked for every rank.
+The corpus is the spoken digits of CTC_CORPORA where they are, else made-up clips.
 
 Compared bit for bit, with as many processes: weights, moments and model/; all columns of the log but times and memory;
 evaluation samples; results. Every utterance of every epoch must have been trained on exactly once.
@@ -77,7 +78,10 @@ class Failpoint:
     max_calls: int = MAX_CALLS
     """The call is drawn up to this one."""
     on_every_rank: bool = False
-    needs_checkpoint: bool = False
+    needs_checkpoints: int = 0
+    """So many must be there when the attempt begins."""
+    damages_newest: bool = False
+    """Cut the newest checkpoint off before the attempt, which has to skip it and replaces it later."""
 
 
 def is_update(run: train.Run, _: object) -> bool:
@@ -107,13 +111,15 @@ FAILPOINTS = {
     "checkpoint, tensors written": Failpoint(checkpoint, "save_file", "after"),
     "checkpoint, before its swap": Failpoint(checkpoint, "replace_folder", "before"),
     "checkpoint, behind its swap": Failpoint(checkpoint, "replace_folder", "after"),
-    "swap, old folder aside": Failpoint(Path, "rename", "after", steps_aside, max_calls=1),
+    "swap, damaged one aside": Failpoint(
+        Path, "rename", "after", steps_aside, max_calls=1, needs_checkpoints=2, damages_newest=True
+    ),
     "retention": Failpoint(checkpoint, "_remove_folder", "before"),
     "resume, log cut back": Failpoint(
-        checkpoint, "load_checkpoint", "after", max_calls=1, on_every_rank=True, needs_checkpoint=True
+        checkpoint, "load_checkpoint", "after", max_calls=1, on_every_rank=True, needs_checkpoints=1
     ),
     "resume, optimizer loaded": Failpoint(
-        checkpoint, "restore_optimizer", "after", max_calls=1, on_every_rank=True, needs_checkpoint=True
+        checkpoint, "restore_optimizer", "after", max_calls=1, on_every_rank=True, needs_checkpoints=1
     ),
     "test set": Failpoint(train, "evaluate_test", "before", max_calls=1, on_every_rank=True),
     "results": Failpoint(train.Run, "write_results", "before", max_calls=1),
@@ -152,11 +158,11 @@ class Plan:
         self._missed: set[str] = set()
         self.hits: Counter[str] = Counter()
 
-    def next_kill(self, has_checkpoint: bool) -> Kill:
-        """For an attempt that begins or, with a checkpoint, resumes."""
+    def next_kill(self, num_checkpoints: int) -> Kill:
+        """For an attempt that begins or, where there are checkpoints, resumes."""
         if self._draw.random() < 0.5:
             return Kill(RANDOM_MOMENT, self._draw.uniform(0, self._wall_seconds))
-        name = next(name for name in self._queue if has_checkpoint or not FAILPOINTS[name].needs_checkpoint)
+        name = next(name for name in self._queue if num_checkpoints >= FAILPOINTS[name].needs_checkpoints)
         point = FAILPOINTS[name]
         call = 1 if name in self._missed else self._draw.randint(1, point.max_calls)
         return Kill(name, None, call, self._draw.randrange(self._num_processes) if point.on_every_rank else 0)
@@ -214,7 +220,10 @@ def kill_until_done(recipe: Path, run_dir: Path, num_processes: int, plan: Plan)
     """One run: killed and started again until it comes to its end."""
     is_done = False
     while not is_done:
-        kill = plan.next_kill(checkpoint.has_checkpoints(run_dir))
+        checkpoints = checkpoint.list_checkpoints(run_dir)
+        kill = plan.next_kill(len(checkpoints))
+        if kill.name in FAILPOINTS and FAILPOINTS[kill.name].damages_newest:
+            os.truncate(checkpoints[-1] / checkpoint.TENSORS_FILE, 100)
         is_done = attempt(recipe, run_dir, num_processes, kill)
         plan.note(kill, not is_done)
 
@@ -227,7 +236,11 @@ def write_recipe(folder: Path, num_processes: int) -> Path:
     digits = CORPORA / "digits" / "manifest.csv"
     if digits.exists():
         settings = PrepareConfig(
-            corpus=str(digits), data_dir=str(data_dir), split_by="utterance", split_fractions=[0.9, 0.05], num_workers=1
+            corpus=str(digits),
+            data_dir=str(data_dir),
+            split_by="utterance",
+            split_fractions=[0.9, 0.05, 0.05],
+            num_workers=1,
         )
         process = multiprocessing.Process(target=prepare, args=(settings,))
         process.start()
