@@ -18,7 +18,11 @@ import allocator  # noqa: F401 - before torch
 
 # isort: split
 
+import contextlib
+import csv
 import json
+import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -35,7 +39,7 @@ from cache import FactCache
 from comparison import compare
 from config import DEFAULT_CHARACTERS_TO_IGNORE, EvaluateConfig, TrainConfig, parse_arguments
 from data import Batch, Collator, CutSettings, ShardDataset, has_utterances
-from intervals import CONFIDENCE, rate_interval
+from intervals import CONFIDENCE, share_of_units
 from memory import MemoryLimit
 from metrics import LetterCounts, TextScore
 from model import forward_with_loss
@@ -71,17 +75,21 @@ def main() -> None:
     folder = choose_results_folder(config)
     other = Path(config.compare) if config.compare and (Path(config.compare) / UTTERANCES_FILE).is_file() else None
     if other is not None:
+        if other.resolve() in (folder.resolve(), (folder / COMPARED_FOLDER).resolve()):
+            raise UsageError(f"--compare {other}: the new results would replace it; name another --output_dir")
         read_utterances(other)  # What is wrong with it is said now.
     accelerator = start_processes([], str(folder), config.ddp_timeout)
     try:
         if config.compare and other is None:
             with main_first(accelerator):
                 find_checkpoint_folder(config.compare)
-        score_and_report(config, folder, accelerator)
+        rules = score_and_report(config, folder, accelerator)
         if config.compare and other is None:
             release_memory()
             other = folder / COMPARED_FOLDER
-            score_and_report(replace(config, model_name_or_path=config.compare), other, accelerator)
+            # Both are judged by the same texts; the case is each vocabulary's own.
+            rules = {"characters_to_ignore": rules["characters_to_ignore"]}
+            score_and_report(replace(config, model_name_or_path=config.compare, **rules), other, accelerator)
         if other is not None and accelerator.is_main_process:
             report_comparison(config, folder, other)
     finally:
@@ -107,7 +115,28 @@ def choose_results_folder(config: EvaluateConfig) -> Path:
     existing = nearest_existing(folder)
     if not existing.is_dir():
         raise UsageError(f"{existing} is a file: name a folder for the results with --output_dir")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{existing} cannot be written to: name a folder for the results with --output_dir")
     return folder
+
+
+def begin_results(folder: Path) -> None:
+    """Make the folder; what an earlier evaluation left there does not belong to this one.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The results say that a folder is complete: they go first and come last.
+        for name in (RESULTS_FILE, COMPARISON_FILE, UTTERANCES_FILE, DROPS_FILE):
+            (folder / name).unlink(missing_ok=True)
+        if (folder / COMPARED_FOLDER).is_dir():
+            shutil.rmtree(folder / COMPARED_FOLDER)
+        (folder / UTTERANCES_FILE).touch()
+        (folder / UTTERANCES_FILE).unlink()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): name another --output_dir") from error
 
 
 @dataclass(frozen=True)
@@ -200,14 +229,16 @@ def read_rules(folder: Path, config: EvaluateConfig) -> dict[str, str]:
     return {name: getattr(config, name) if getattr(config, name) is not None else rules[name] for name in rules}
 
 
-def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> None:
-    """One model: score it, write its folder, print its screen."""
+def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> dict[str, str]:
+    """One model: score it, write its folder, print its screen. Returns the text rules that it was scored by."""
     scorer = ModelScorer(config, accelerator)
     rows, dropped = scorer.choose_rows()
-    trained = find_trained(config)
+    trained, known = find_trained(config)
     if config.max_eval_samples is not None and config.max_eval_samples < len(rows):
         rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
     breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)
+    if accelerator.is_main_process:
+        begin_results(folder)
     letters = LetterCounts()
     with TextSpool() as spool, scorer.stop:
 
@@ -221,24 +252,36 @@ def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelera
         seconds = time.monotonic() - started_at
         spool.collect(accelerator, scorer.status)
         results = make_results(scorer, evaluation, breakdown, seconds)
-        results |= {"letters": describe_letters(sum(gather_object([letters]), LetterCounts()))}
+        results |= {
+            "known_of_training": known,
+            "letters": describe_letters(sum(gather_object([letters]), LetterCounts())),
+        }
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            # The results say that the folder is complete.
-            (folder / RESULTS_FILE).unlink(missing_ok=True)
             write_utterances(folder / UTTERANCES_FILE, scorer.dataset, evaluation, spool)
             write_drops(folder / DROPS_FILE, config.split, dropped)
             write_results(folder, results)
             print_results(results)
             print(f"written to {folder}: {RESULTS_FILE}, {UTTERANCES_FILE}", flush=True)
+    return scorer.rules
 
 
-def find_trained(config: EvaluateConfig) -> Trained | None:
-    """Voices and sentences of the data's own training split."""
+def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:
+    """Voices and sentences that the model has heard, and how that is known.
+
+    "run": the model lies in the run directory that trained it on this very data, beside the list of clips left out.
+    "data": all of the data's training split, which it may not have heard. "": the data has no training split.
+    """
     train = Path(config.data_dir) / "train"
     if config.split == "train" or not has_utterances(train):
-        return None
-    return Trained.of(ShardDataset(train))
+        return None, ""
+    dataset, run = ShardDataset(train), Path(config.model_name_or_path).parent
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads((run / "environment.json").read_text())["data_fingerprint"] == dataset.fingerprint:
+            with (run / "drop_list.csv").open(encoding="utf-8", newline="") as file:
+                dropped = {row["id"] for row in csv.DictReader(file)}
+            heard = np.fromiter((name not in dropped for name in dataset.column("id")), bool)
+            return Trained.of(dataset, heard), "run"
+    return Trained.of(dataset), "data"
 
 
 def make_results(
@@ -247,8 +290,8 @@ def make_results(
     """All figures of one evaluation, for results.json and the screen."""
     config, score, coverage = scorer.config, evaluation.score, scorer.texts.coverage
     slices = breakdown.score(evaluation.counts)
-    worst = worst_slice(slices)
-    sentences = rate_interval(evaluation.counts[:, :3].any(1), np.ones(len(evaluation.rows)), breakdown.speakers)
+    worst = worst_slice(slices, score.wer)
+    sentences = share_of_units(evaluation.counts[:, :3].any(1), breakdown.speakers)
     words, _ = error_intervals(evaluation.counts, breakdown.speakers)
     return {
         "model": config.model_name_or_path,
@@ -270,7 +313,7 @@ def make_results(
         "unknown_characters": dict(coverage.unknown.most_common()),
         "text_rules": scorer.rules,
         "slices": list(map(describe_slice, slices)),
-        "worst_slice": None if worst is None else describe_slice(worst),
+        "worst_slice": None if worst is None else describe_slice(worst[0]) | {"is_beyond_chance": bool(worst[1])},
         "processes": describe_processes(scorer.accelerator),
         "seconds_taken": seconds,
     }

@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atomic import write_atomically
+from atomic import reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from data import ShardDataset
 from errors import UsageError
 from metrics import COUNT_COLUMNS, LetterCounts
 from processes import RankStatus
 from scoring import Evaluation
-from slices import OWN_COLUMNS
+from slices import OWN_COLUMNS, corpus_name
 
 UTTERANCES_FILE = "utterances.csv"
 RESULTS_FILE = "results.json"
@@ -38,6 +38,7 @@ TEXT_COLUMNS = ("id", "reference", "hypothesis", "seconds", "speaker")
 # A recall from fewer occurrences is a matter of chance.
 MIN_OCCURRENCES = 20
 LETTERS_SHOWN = 6
+RARE_LETTERS_SHOWN = 30
 # Of the tables where no terminal says how wide it is.
 COLUMNS_WITHOUT_TERMINAL = 120
 # Texts that travel from rank to rank at a time.
@@ -61,7 +62,9 @@ class TextSpool:
         """Keep one utterance's texts."""
         self._rows.append(row)
         self._places.append(self._file.seek(0, io.SEEK_END))
-        self._file.write(json.dumps([reference, hypothesis]).encode() + b"\n")
+        data = json.dumps([reference, hypothesis]).encode() + b"\n"
+        with reporting_disk_errors(Path(tempfile.gettempdir()), len(data)):
+            self._file.write(data)
 
     def collect(self, accelerator: Accelerator, status: RankStatus) -> None:
         """Bring the texts of all ranks to the first one."""
@@ -91,13 +94,13 @@ def write_utterances(path: Path, dataset: ShardDataset, evaluation: Evaluation, 
     wanted = np.zeros(len(dataset), bool)
     wanted[evaluation.rows] = True
     extra = [name for name in dataset.column_names if name == "snr_db" or name not in OWN_COLUMNS | {"speaker"}]
-    names = ("id", "speaker", *extra)
+    names, own = ("id", "speaker", *extra), (*TEXT_COLUMNS, *COUNT_COLUMNS)
     seconds = dataset.num_samples / SAMPLE_RATE_HZ
 
     def write(file: BinaryIO) -> None:
         lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
         table = csv.writer(lines, lineterminator="\n")
-        table.writerow((*TEXT_COLUMNS, *COUNT_COLUMNS, *extra))
+        table.writerow((*own, *(corpus_name(name, own) for name in extra)))
         columns = zip(*(dataset.column(name) for name in names), strict=True)
         of_rows = (values for values, is_wanted in zip(columns, wanted, strict=True) if is_wanted)
         for values, counts, (row, reference, hypothesis) in zip(
@@ -188,13 +191,15 @@ def print_results(results: dict[str, object]) -> None:
 
 
 def _summary(results: dict[str, object]) -> list[str]:
-    words, unit = results["words"], results["interval"]
+    words, unit, processes = results["words"], results["interval"], results["processes"]
+    precision = {"no": "fp32"}.get(processes["mixed_precision"], processes["mixed_precision"])
     total = max(words["hits"] + words["deletions"] + words["substitutions"], 1)
     share = f" of {results['utterances_of_split']:,}" if results["utterances"] < results["utterances_of_split"] else ""
     covers = "" if unit["unit"] == "speakers" else "; fewer than 10 speakers are known, so it does not cover new voices"
     lines = [
         f"{results['model']} on {results['data']}: {results['utterances']:,}{share} utterances, "
-        f"{results['seconds'] / 3600:.2f} h, scored in {results['seconds_taken']:.0f} s",
+        f"{results['seconds'] / 3600:.2f} h, scored in {results['seconds_taken']:.0f} s on {processes['device']} in "
+        f"{precision}",
         f"  WER {_with_limits(results, 'wer')}   CER {_with_limits(results, 'cer')}   "
         f"sentences with an error {_with_limits(results, 'sentence_error_rate')}",
         f"  words: {words['substitutions'] / total:.2%} replaced, {words['deletions'] / total:.2%} lost, "
@@ -203,6 +208,10 @@ def _summary(results: dict[str, object]) -> list[str]:
         f"  near-ties: {results['near_ties']:,} of {results['frames']:,} frames, where another machine may decide "
         "otherwise",
     ]
+    if precision != "fp32":
+        lines.append(f"  in {precision} a text may depend on the batch it is scored in; in fp32 it does not")
+    if results["known_of_training"] == "data":
+        lines.append("  *_in_train: of all the data's training split; what this model was trained on is not known")
     unknown = results["unknown_characters"]
     if unknown:
         named = ", ".join(f"{letter!r} {count}" for letter, count in list(unknown.items())[:LETTERS_SHOWN])
@@ -211,7 +220,7 @@ def _summary(results: dict[str, object]) -> list[str]:
             "drop_character": "taken out of the references",
             "drop_utterance": f"their utterances are not scored; {DROPS_FILE} names them",
         }[results["unknown"]]
-        lines.append(f"  letters that the vocabulary lacks: {sum(unknown.values()):,} ({named}): {done}")
+        lines.append(f"  letters of this split that the vocabulary lacks: {sum(unknown.values()):,} ({named}): {done}")
     return lines
 
 
@@ -239,9 +248,10 @@ def _worst(results: dict[str, object]) -> str:
     if worst is None:
         return "no slice is large enough to be called the worst"
     named = f"worst slice: {worst['slice']} {worst['group']}, WER {_with_limits(worst, 'wer')}"
-    if worst["wer_low"] is not None and worst["wer_low"] > results["wer"]:
-        return f"{named}, beyond chance above the whole"
-    return f"{named}; that it is above the whole may be chance"
+    if not worst["is_beyond_chance"]:
+        return f"{named}; that it is the worst may be chance"
+    voices = "" if worst["unit"] == "speakers" else " for these voices"
+    return f"{named}, above the whole beyond chance{voices}"
 
 
 def _letters(letters: dict[str, dict[str, float]]) -> list[str]:
@@ -254,8 +264,10 @@ def _letters(letters: dict[str, dict[str, float]]) -> list[str]:
     )
     lines = [f"letters found least: {shown}"] if shown else []
     if rare:
+        some = rare[:RARE_LETTERS_SHOWN]
         named = ", ".join(
-            f"{letter} {letters[letter]['recall']:.0%} of {letters[letter]['occurrences']}" for letter in rare
+            f"{letter} {letters[letter]['recall']:.0%} of {letters[letter]['occurrences']}" for letter in some
         )
-        lines.append(f"rare letters (fewer than {MIN_OCCURRENCES}): {named}")
+        more = f" and {len(rare) - len(some)} more in {RESULTS_FILE}" if len(rare) > len(some) else ""
+        lines.append(f"rare letters (fewer than {MIN_OCCURRENCES}): {named}{more}")
     return lines

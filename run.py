@@ -46,11 +46,14 @@ from slices import Breakdown, describe_slice
 from stopping import StopSignals
 
 SAMPLES_SHOWN = 3
+LIMITS = ("eval_wer_low", "eval_wer_high")
 # A second of audio in an evaluation costs about a third of one in training: no backward pass. The field notes' base and
 # large models have 0.26 to 0.40.
 EVALUATION_COST = 1 / 3
 # From this share of the run on, an evaluation comes with what would make it cheaper.
 LARGE_EVALUATION = 0.25
+# Fewer clips tell little from one evaluation to the next.
+MIN_EVALUATION = 50
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
@@ -80,6 +83,8 @@ class RunState:
     """The last step that was evaluated and logged as was due; a run that is asked to stop does not wait for that."""
     best_step: int | None = None
     best_eval_wer: float | None = None
+    best_eval_limits: list[float] = field(default_factory=list)
+    """Of the best WER, with 95 % confidence; empty where they cannot be known."""
     eval_wer_before: float | None = None
     test_before: dict[str, float] | None = None
     sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
@@ -292,16 +297,32 @@ class Run(Assembly):
 
     def _describe_evaluations(self) -> str:
         """How often, on how much, and what share of the run that takes: known before the first night is lost to it."""
-        rows, total = self.eval_rows, self.total_steps
-        count = math.ceil(total / self.config.eval_steps)
-        evaluated = count * float(self.eval_set.num_samples[rows].sum(dtype=np.int64)) * EVALUATION_COST
-        trained = float(self.plan.num_samples.mean()) * self.state.utterances_per_update * total
+        passes, always = self.evaluation_passes()
+        cost = EVALUATION_COST * float(self.eval_set.num_samples[self.eval_rows].mean())  # of one dev clip
+        evaluated = cost * len(self.eval_rows) * passes + EVALUATION_COST * always
+        trained = float(self.plan.num_samples.mean()) * self.state.utterances_per_update * self.total_steps
         share = evaluated / (evaluated + trained)
-        said = f"{len(rows):,} of {len(self.eval_set):,} clips, {count} times: about {share:.0%} of the run"
-        fewer = int(len(rows) * trained / 9 / max(evaluated, 1))  # a tenth of the run
-        if share > LARGE_EVALUATION and fewer > 0:
-            said += f"; --max_eval_samples {fewer} would make it 10%, and the best model is scored on all at the end"
-        return said
+        clips = f"{len(self.eval_rows):,} of {len(self.eval_set):,} clips"
+        said = f"{clips}, {passes} times{', and the test set' if always else ''}: about {share:.0%} of the run"
+        if share < LARGE_EVALUATION or self.config.eval_split == "train":
+            return said
+        if len(self.eval_rows) == len(self.eval_set):
+            # A subset brings one pass over all of dev at the end.
+            always += float(self.eval_set.num_samples.sum(dtype=np.int64))
+        fewer = int((trained / 9 - EVALUATION_COST * always) / (cost * passes))  # a tenth of the run
+        if fewer < MIN_EVALUATION:
+            return f"{said}; raise --eval_steps, or set --max_eval_samples"
+        return f"{said}; --max_eval_samples {fewer} would make it 10%, and the best model is scored on all at the end"
+
+    def evaluation_passes(self) -> tuple[int, float]:
+        """How often the dev rows are scored, and the samples of what else is: the test set, all of dev at the end."""
+        before = int(self.head_fits)
+        always = 0.0
+        if self.test_set is not None:
+            always += float(self.test_set.num_samples.sum(dtype=np.int64)) * (1 + before)
+        if self.config.eval_split == "dev" and len(self.eval_rows) < len(self.eval_set):
+            always += float(self.eval_set.num_samples.sum(dtype=np.int64))
+        return math.ceil(self.total_steps / self.config.eval_steps) + before, always
 
     def _check_disk(self) -> str:
         finding = preflight.check_disk(self.folder, preflight.disk_bytes(self))
@@ -334,17 +355,24 @@ class Run(Assembly):
         self._log_row(self._training_values(), progress)
 
     def log_evaluation(
-        self, evaluation: Evaluation, seconds: float, samples: list[dict[str, object]], progress: Progress
+        self, evaluation: Evaluation, started_at: float, samples: list[dict[str, object]], progress: Progress
     ) -> None:
-        """A row with the scores, the slices, the samples, the plot; and model/, when the WER is the best so far."""
+        """A row with the scores, the slices, the samples, the plot; and model/, when the WER is the best so far.
+
+        Args:
+            evaluation: of the dev rows.
+            started_at: reading of time.perf_counter() before it.
+            samples: rows for eval_samples.csv.
+            progress: to print through.
+        """
         score = evaluation.score
+        slices = self.eval_breakdown.score(evaluation.counts) if self.is_main else []
         values = self._training_values() if self.state.step else {}
-        values |= evaluation_values(score) | {"eval_runtime": seconds}
-        values |= rates(evaluation, self.eval_breakdown.speakers, "eval_")
+        values |= evaluation_values(score) | rates(evaluation, self.eval_breakdown.speakers, "eval_")
+        values["eval_runtime"] = time.perf_counter() - started_at
         remarks = self._diagnose(values) if self.is_main else []
         self._log_row(values, progress)
         if self.is_main:
-            slices = self.eval_breakdown.score(evaluation.counts)
             self.slices.append(*({"step": self.state.step} | describe_slice(one) for one in slices))
             self.samples.append(*samples)
             for sample in samples[:SAMPLES_SHOWN]:
@@ -356,6 +384,7 @@ class Run(Assembly):
             self.state.eval_wer_before = score.wer
         elif self.state.best_eval_wer is None or score.wer < self.state.best_eval_wer:
             self.state.best_eval_wer, self.state.best_step = score.wer, self.state.step
+            self.state.best_eval_limits = [values[name] for name in LIMITS if name in values]
             if self.is_main:
                 self._save_best()
 
@@ -442,6 +471,7 @@ class Run(Assembly):
             "train_steps_per_second": state.step / max(sums["seconds"], 1e-9),
             "best_step": state.best_step,
             "best_eval_wer": state.best_eval_wer,
+            **dict(zip(("best_eval_wer_low", "best_eval_wer_high"), state.best_eval_limits, strict=False)),
             "eval_wer_before": state.eval_wer_before,
             **({"resumed_anyway": state.resumed_anyway} if state.resumed_anyway else {}),
         }
@@ -617,6 +647,7 @@ def describe_row(row: dict[str, float], total_steps: int) -> str:
         parts.append(f"loss {row['train_loss']:.3f}, grad norm {row['grad_norm']:.2f}, lr {row['learning_rate']:.2e}")
         parts.append(f"{row['samples_per_second']:.1f} utterances/s")
     if "eval_wer" in row:
-        parts.append(f"dev loss {row['eval_loss']:.3f}, WER {row['eval_wer']:.2%}, CER {row['eval_cer']:.2%}")
+        limits = f" [{row[LIMITS[0]]:.1%}, {row[LIMITS[1]]:.1%}]" if LIMITS[0] in row else ""
+        parts.append(f"dev loss {row['eval_loss']:.3f}, WER {row['eval_wer']:.2%}{limits}, CER {row['eval_cer']:.2%}")
         parts.append(f"evaluated in {row['eval_runtime']:.1f} s")
     return ", ".join(parts)

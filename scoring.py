@@ -3,8 +3,9 @@
 B: utterances of a batch, V: vocabulary, T: frames, N: utterances of the evaluation.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,7 +86,10 @@ def evaluate(
     scorer.model.eval()
     score, counts = Score(), np.zeros((len(rows), len(COUNT_COLUMNS)), np.int64)
     loader = evaluation_loader(dataset, rows, scorer.collate, scorer.eval_cut, scorer.num_workers)
-    with Progress(description, len(loader), "batches", scorer.accelerator.is_main_process) as progress:
+    with (
+        _full_precision(scorer.accelerator),
+        Progress(description, len(loader), "batches", scorer.accelerator.is_main_process) as progress,
+    ):
         failure = None
         for batch in loader:
             if scorer.stop.requested:
@@ -104,6 +108,17 @@ def evaluate(
         raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
     scorer.stop.check()
     return Evaluation(_sum_scores(scorer.accelerator, score), rows, _sum_counts(scorer.accelerator, counts))
+
+
+@contextlib.contextmanager
+def _full_precision(accelerator: Accelerator) -> Iterator[None]:
+    """Without a launcher's precision convolutions are in fp32, not in TF32, torch's default on GPUs: promise 2."""
+    was = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = was and accelerator.mixed_precision != "no"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = was
 
 
 def rates(evaluation: Evaluation, speakers: np.ndarray, prefix: str = "") -> dict[str, float]:

@@ -3,10 +3,12 @@
 N: utterances of an evaluation.
 """
 
+import array
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -14,7 +16,7 @@ from audio import SAMPLE_RATE_HZ
 from corpora import sentence_key
 from data import ShardDataset
 from errors import UsageError
-from intervals import Interval, rate_interval
+from intervals import CONFIDENCE, Interval, rate_interval
 from shards import part_schema
 
 DURATION_EDGES_SECONDS = (2, 4, 7, 12)
@@ -99,7 +101,7 @@ def find_groupings(
     Raises:
         UsageError: a name that this set does not have.
     """
-    makers = _makers(dataset, rows, num_labels, trained)
+    makers = _makers(dataset, rows, num_labels, trained, None if names else MAX_GROUPS)
     unknown = [name for name in names if name not in makers]
     if unknown:
         raise UsageError(f"--slices {unknown[0]}: {dataset.folder} has {', '.join(makers)}")
@@ -108,16 +110,17 @@ def find_groupings(
     return [grouping for make in makers.values() if _divides(grouping := make())]
 
 
-def _divides(grouping: Grouping) -> bool:
+def _divides(grouping: Grouping | None) -> bool:
     """Whether a grouping says something; that all voices are new does."""
-    says_more = len(grouping.groups) > 1 or (grouping.name.endswith("_in_train") and grouping.groups != (UNKNOWN,))
-    return says_more and len(grouping.groups) <= MAX_GROUPS
+    if grouping is None or grouping.groups == (UNKNOWN,):
+        return False
+    return len(grouping.groups) > 1 or grouping.name.endswith("_in_train")
 
 
 def _makers(
-    dataset: ShardDataset, rows: np.ndarray, num_labels: np.ndarray, trained: Trained | None
-) -> dict[str, Callable[[], Grouping]]:
-    """By name what makes a grouping; only what is asked for is read."""
+    dataset: ShardDataset, rows: np.ndarray, num_labels: np.ndarray, trained: Trained | None, limit: int | None
+) -> dict[str, Callable[[], Grouping | None]]:
+    """By name what makes a grouping, or None for one of more than `limit` groups; only what is asked for is read."""
     seconds = dataset.num_samples[rows] / SAMPLE_RATE_HZ
     makers = {
         "duration": lambda: _by_edges("duration", seconds, DURATION_EDGES_SECONDS, "s"),
@@ -134,10 +137,17 @@ def _makers(
         makers["speaker_in_train"] = lambda: _by_membership(
             "speaker_in_train", _values(dataset, "speaker", rows), trained.speakers
         )
-    for name in columns:
-        if name not in OWN_COLUMNS:
-            makers[name] = lambda name=name: _by_value(name, _values(dataset, name, rows))
+    for column in columns:
+        if column not in OWN_COLUMNS:
+            # What is known of the clip keeps its name when the corpus has a column of the same one.
+            name = corpus_name(column, makers)
+            makers[name] = lambda name=name, column=column: _by_value(name, _values(dataset, column, rows), limit)
     return makers
+
+
+def corpus_name(column: str, taken: Container[str]) -> str:
+    """The name under which a column of the corpus is shown."""
+    return f"corpus_{column}" if column in taken else column
 
 
 def _values(dataset: ShardDataset, name: str, rows: np.ndarray) -> Iterator[str]:
@@ -147,10 +157,18 @@ def _values(dataset: ShardDataset, name: str, rows: np.ndarray) -> Iterator[str]
     return (value for value, is_wanted in zip(dataset.column(name), wanted, strict=True) if is_wanted)
 
 
-def _by_value(name: str, values: Iterable[str]) -> Grouping:
-    """A group per value, the most frequent first; what is not given last."""
+def _by_value(name: str, values: Iterable[str], limit: int | None = None) -> Grouping | None:
+    """A group per value, the most frequent first, what is not given last; None for more than `limit`, read no further.
+
+    Columns of names and ids have a value per row, which need not all be held to know that they do not divide a set.
+    """
     index: dict[str, int] = {}
-    codes = np.fromiter((index.setdefault(value.strip(), len(index)) for value in values), np.int32)
+    codes = array.array("i")
+    for value in values:
+        codes.append(index.setdefault(value.strip(), len(index)))
+        if limit is not None and len(index) > limit:
+            return None
+    codes = np.asarray(codes)
     counts = np.bincount(codes, minlength=len(index))
     order = sorted(index, key=lambda value: (value == "", -counts[index[value]], value))
     place = np.zeros(len(index), np.int32)
@@ -280,6 +298,16 @@ def describe_slice(one: Slice) -> dict[str, object]:
     }
 
 
-def worst_slice(slices: Iterable[Slice]) -> Slice | None:
-    """The one with the highest WER among those that are large enough."""
-    return max((one for one in slices if not one.is_small), key=lambda one: one.wer.rate, default=None)
+def worst_slice(slices: Iterable[Slice], wer: float) -> tuple[Slice, bool] | None:
+    """The kind of utterance with the highest WER, and whether chance does not explain that it is above the whole's.
+
+    The worst of many is high by chance alone: the interval is widened as Bonferroni's correction for their number asks.
+    Slices that are small or of no one kind are not looked at.
+    """
+    eligible = [one for one in slices if not one.is_small and one.group not in (UNKNOWN, OTHERS)]
+    if not eligible:
+        return None
+    worst, normal = max(eligible, key=lambda one: one.wer.rate), NormalDist()
+    tail = (1 - CONFIDENCE) / 2
+    wider = normal.inv_cdf(tail / len(eligible)) / normal.inv_cdf(tail)
+    return worst, worst.wer.rate - wider * (worst.wer.rate - worst.wer.low) > wer

@@ -179,7 +179,7 @@ def evaluate_and_log(run: Run, progress: Progress) -> None:
     run.meter.pause()
     started_at = time.perf_counter()
     evaluation = evaluate(run, run.eval_set, run.eval_rows, "evaluating")
-    run.log_evaluation(evaluation, time.perf_counter() - started_at, transcribe_samples(run), progress)
+    run.log_evaluation(evaluation, started_at, transcribe_samples(run), progress)
     run.meter.start()
 
 

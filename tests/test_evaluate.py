@@ -141,7 +141,7 @@ def test_letters_outside_the_vocabulary(
     assert {row: found.get(f"u3_{row}") for row in references} == references
     assert len(found) == (4 if policy == "drop_utterance" else 6)
     screen = capsys.readouterr().out
-    assert "letters that the vocabulary lacks: 4 ('ñ' 3, 'é' 1)" in screen
+    assert "letters of this split that the vocabulary lacks: 4 ('ñ' 3, 'é' 1)" in screen
     assert said in screen
     drops = tmp_path / "found" / "drop_list.csv"
     if policy == "drop_utterance":
@@ -186,6 +186,67 @@ def test_comparison_with_results_and_with_a_model(
 
 
 PARTS = ("insertions", "deletions", "substitutions")
+
+
+def test_the_other_model_is_judged_by_the_same_texts(command: Command, model: Path, tmp_path: Path) -> None:
+    """A model of the hub has no text rules of its own: it gets those of the one that it is compared with."""
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    (other / "text_rules.json").unlink()
+    assert command("both", "--compare", other) == 0
+    comparison = json.loads((tmp_path / "both" / "comparison.json").read_text())
+    assert (comparison["utterances"], comparison["left_out"]) == (40, 0)
+    assert read_results(tmp_path / "both" / "compared")["text_rules"]["characters_to_ignore"] == "E"
+    assert command("both", "--max_eval_samples", 5) == 0
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"results.json", "utterances.csv"}, "nothing stale"
+
+
+def test_results_are_not_compared_with_what_replaced_them(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert command("first") == 0
+    before = (tmp_path / "first" / "utterances.csv").read_bytes()
+    assert command("first", "--compare", tmp_path / "first") == 2
+    assert "the new results would replace it; name another --output_dir" in capsys.readouterr().err
+    assert (tmp_path / "first" / "utterances.csv").read_bytes() == before
+
+
+def test_what_training_heard_is_what_the_run_trained_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With a subset of the training clips both commands say the same of known voices and sentences."""
+    data_dir = model.parents[1] / "data"
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", data_dir, max_steps=1, max_train_samples=1, model_config=TINY_GROUP_NORM_MODEL
+    )
+    run = tmp_path / "run"
+    for main, arguments in (
+        (train.main, ["train.py", "--config", recipe, "--output_dir", run]),
+        (evaluate.main, ["evaluate.py", "--model_name_or_path", run / "model", "--data_dir", data_dir]),
+    ):
+        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+        assert exit_status(main) == 0
+    expected = json.loads((run / "train_results.json").read_text())["test_slices"]
+    found = read_results(run / "evaluation_test")
+    assert found["slices"] == expected
+    assert found["known_of_training"] == "run"
+    voices = {one["group"]: one["utterances"] for one in expected if one["slice"] == "speaker_in_train"}
+    assert voices.get("yes", 0) <= 20, "one training clip, so one voice"
+    shutil.copytree(run / "model", tmp_path / "elsewhere" / "model")
+    capsys.readouterr()
+    arguments = ["evaluate.py", "--model_name_or_path", tmp_path / "elsewhere" / "model", "--data_dir", data_dir]
+    monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
+    assert exit_status(evaluate.main) == 0
+    assert "what this model was trained on is not known" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_scoring(
+    command: Command, read_only_disk: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert command("found", "--output_dir", read_only_disk / "results") == 2
+    captured = capsys.readouterr()
+    assert f"{read_only_disk} cannot be written to: name a folder for the results" in captured.err
+    assert captured.out == ""
 
 
 def test_comparison_pairs_by_id_and_leaves_out_other_references(

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from intervals import Interval, rate_difference, rate_interval, share_interval
+from intervals import Interval, rate_difference, rate_interval, share_interval, share_of_units, student_quantile
 
 SIMULATIONS = 1_000
 
 
 def draw_corpus(
-    generator: np.random.Generator, speakers: int, clips: int, rate: float, spread: float
+    generator: np.random.Generator, speakers: int, clips: int | np.ndarray, rate: float, spread: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Errors and words of each utterance, and its speaker.
 
@@ -27,7 +27,10 @@ def draw_corpus(
 
 @pytest.mark.parametrize(
     ("speakers", "clips", "rate", "spread"),
-    [(1, 100, 0.1, 0.0), (1, 400, 0.3, 0.0), (1, 200, 0.01, 0.0), (15, 20, 0.2, 0.3), (40, 8, 0.1, 0.4)],
+    [
+        *((1, 100, 0.1, 0.0), (1, 400, 0.3, 0.0), (1, 200, 0.01, 0.0)),
+        *((10, 20, 0.1, 0.5), (10, 4, 0.05, 0.5), (15, 20, 0.2, 0.3), (40, 8, 0.1, 0.4)),
+    ],
 )
 def test_interval_covers_the_true_rate(speakers: int, clips: int, rate: float, spread: float) -> None:
     generator = np.random.default_rng(1)
@@ -39,6 +42,30 @@ def test_interval_covers_the_true_rate(speakers: int, clips: int, rate: float, s
         assert interval.unit == ("speakers" if speakers >= 10 else "utterances")
         covered += interval.low <= truth <= interval.high
     assert 0.93 * SIMULATIONS <= covered <= 0.97 * SIMULATIONS
+
+
+def test_a_few_voices_with_most_of_the_clips_are_covered_less_well() -> None:
+    """As in Common Voice: clips fall with the rank of the speaker. Said in the docstring of rate_interval."""
+    generator, covered, clips = np.random.default_rng(1), 0, np.maximum(200 // np.arange(1, 301), 1)
+    errors_N, lengths_N, _ = draw_corpus(np.random.default_rng(2), 20_000, 20, 0.1, 0.4)
+    truth = errors_N.sum() / lengths_N.sum()
+    for _ in range(300):
+        errors_N, lengths_N, speakers_N = draw_corpus(generator, 300, clips, 0.1, 0.4)
+        interval = rate_interval(errors_N, lengths_N, speakers_N)
+        covered += interval.low <= truth <= interval.high
+    assert 0.86 * 300 <= covered <= 0.96 * 300
+
+
+@pytest.mark.parametrize(("wrong", "total"), [(12, 12), (11, 12), (0, 12), (97, 100), (3, 100)])
+def test_a_share_near_all_has_the_limits_of_its_rest(wrong: int, total: int) -> None:
+    interval = share_of_units(np.arange(total) < wrong)
+    assert (interval.low, interval.high) == pytest.approx(share_interval(wrong, total), abs=1e-9)
+    assert interval.rate == wrong / total
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(9, 2.2622), (19, 2.0930), (99, 1.9842)])
+def test_student_quantile_is_that_of_the_tables(degrees: int, quantile: float) -> None:
+    assert student_quantile(0.975, degrees) == pytest.approx(quantile, abs=1e-3)
 
 
 def test_utterances_of_few_voices_give_an_interval_that_is_too_narrow_for_new_ones() -> None:
@@ -133,6 +160,7 @@ def test_equal_models_and_few_changes() -> None:
     lengths_N = np.full(100, 5)
     same = rate_difference(np.zeros(100), np.zeros(100), lengths_N)
     assert same.interval.rate == same.changed == 0
+    assert same.detectable == pytest.approx(6 / 500), "six changed words are the least that a sign test tells"
     assert not same.is_clear
     one_better = np.zeros(100)
     one_better[0] = 1
@@ -145,8 +173,10 @@ def test_equal_models_and_few_changes() -> None:
 
 def test_unknown_speakers_are_units_of_their_own() -> None:
     errors_N, lengths_N, speakers_N = draw_corpus(np.random.default_rng(0), 12, 5, 0.3, 0.3)
-    speakers_N[:10] = -1  # both speakers 0 and 1
-    assert rate_interval(errors_N, lengths_N, speakers_N).units == 10 + 10
+    speakers_N[:5] = -1  # all of speaker 0
+    assert rate_interval(errors_N, lengths_N, speakers_N).units == 11 + 5
+    speakers_N[:10] = -1
+    assert rate_interval(errors_N, lengths_N, speakers_N).unit == "utterances", "too many have none"
     assert rate_interval(errors_N, lengths_N, np.full(60, -1)).unit == "utterances"
 
 

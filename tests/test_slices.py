@@ -1,6 +1,7 @@
 """Groups of utterances, and their rates, against direct counts over the same rows."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from conftest import make_rows, write_part
 from data import ShardDataset
 from errors import UsageError
 from metrics import ErrorCounts, score_text
-from slices import MIN_UTTERANCES, UNKNOWN, Breakdown, Trained, draw_stratified, find_groupings, worst_slice
+from slices import MIN_UTTERANCES, UNKNOWN, Breakdown, Grouping, Trained, draw_stratified, find_groupings, worst_slice
 
 SPEAKERS = ("ann", "ben", "cem", "")
 
@@ -106,8 +107,49 @@ def test_small_slices_are_never_the_worst(dataset: ShardDataset) -> None:
     slices = breakdown.score(counts)
     assert [one.is_small for one in slices] == [False, True, True]
     assert MIN_UTTERANCES == 30
-    assert worst_slice(slices).group == "south"
-    assert worst_slice(slices[1:]) is None
+    assert worst_slice(slices, 0.25)[0].group == "south"
+    assert worst_slice(slices[1:], 0.25) is None
+
+
+def test_the_worst_of_many_like_slices_is_not_beyond_chance() -> None:
+    """Forty slices of one kind, again and again: one in forty sets may be called worse, not one in four."""
+    generator, called = np.random.default_rng(0), 0
+    for _ in range(100):
+        counts = np.zeros((2_000, 8), np.int64)
+        counts[:, 2] = generator.binomial(8, 0.1, 2_000)
+        counts[:, 3] = 8 - counts[:, 2]
+        codes = generator.integers(0, 40, 2_000).astype(np.int32)
+        groups = tuple(f"g{code}" for code in range(40))
+        breakdown = Breakdown([Grouping("kind", groups, codes)], np.full(2_000, -1))
+        wer = counts[:, 2].sum() / 16_000
+        called += worst_slice(breakdown.score(counts), wer)[1]
+    assert called <= 10
+    counts[codes == 7, 2], counts[codes == 7, 3] = 4, 4
+    worst, is_beyond_chance = worst_slice(breakdown.score(counts), wer)
+    assert (worst.group, is_beyond_chance) == ("g7", True)
+
+
+def test_a_column_of_the_corpus_does_not_hide_what_is_known_of_a_clip(tmp_path: Path) -> None:
+    metadata = [{"duration": f"{row}.5", "accent": "a"} for row in range(6)]
+    write_part(tmp_path / "data" / "test" / "part_1", make_rows(6, 2), metadata=metadata)
+    dataset = ShardDataset(tmp_path / "data" / "test")
+    assert list(members(dataset, "duration")) == ["under 2 s"]
+    assert list(members(dataset, "corpus_duration")) == [f"{row}.5" for row in range(6)]
+
+
+def test_a_column_of_ids_is_not_read_to_its_end(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, original = Counter(), ShardDataset.column
+
+    def column(self: ShardDataset, name: str) -> Iterator[str]:
+        for value in original(self, name):
+            read[name] += 1
+            yield value
+
+    monkeypatch.setattr(ShardDataset, "column", column)
+    found = find_groupings(dataset, np.arange(60), np.full(60, 5), None)
+    assert "client" not in [grouping.name for grouping in found]
+    assert read["client"] == 21
+    assert read["accent"] == 60
 
 
 def test_a_stratified_subset_keeps_the_shares(dataset: ShardDataset) -> None:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,7 +314,7 @@ def test_a_subset_of_dev_while_training_and_all_of_it_at_the_end(
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=4, eval_steps=2, max_eval_samples=3)
     assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
     said = capsys.readouterr().out
-    assert re.search(r"^evaluation  3 of 5 clips, 2 times: about \d+% of the run", said, re.M)
+    assert re.search(r"^evaluation  3 of 5 clips, 2 times, and the test set: about \d+% of the run", said, re.M)
     results = json.loads((tmp_path / "run" / "train_results.json").read_text())
     flags = ["--model_name_or_path", tmp_path / "run" / "model", "--data_dir", prepared, "--split", "dev"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
@@ -332,20 +333,43 @@ def test_a_subset_of_dev_while_training_and_all_of_it_at_the_end(
         assert sum(int(row["utterances"]) for row in voices) == 3
 
 
-def test_an_evaluation_that_takes_most_of_the_run_says_so(
-    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
-) -> None:
-    """The English seed's setting stays possible, and its cost is known before the first step."""
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, eval_steps=1, per_device_train_batch_size=4)
+@pytest.mark.parametrize("subset", [None, 3])
+def test_the_share_of_evaluations_is_that_of_the_samples_that_pass(
+    subset: int | None, prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """What is announced before the first step, against all samples that went through the model."""
+    passed, original = Counter(), Run.forward
+
+    def forward(run: Run, batch: train.Batch) -> tuple[torch.Tensor, ...]:
+        if not batch.ids[0].startswith("probe"):
+            passed["trained" if run.model.training else "evaluated"] += batch.num_samples
+        return original(run, batch)
+
+    monkeypatch.setattr(Run, "forward", forward)
+    monkeypatch.setattr(train, "transcribe_samples", lambda _: [])
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, max_steps=13, eval_steps=2, per_device_train_batch_size=2,
+        max_eval_samples=subset,
+    )  # fmt: skip
     assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
     found = re.search(
-        r"^evaluation  5 of 5 clips, 5 times: about (\d+)% of the run; --max_eval_samples (\d+) would make it 10%",
-        capsys.readouterr().out, re.M,
-    )  # fmt: skip
-    seconds = {split: ShardDataset(prepared / split).num_samples for split in ("train", "dev")}
-    evaluated, trained = 5 * seconds["dev"].sum() / 3, 5 * 4 * seconds["train"].mean()
-    assert int(found[1]) == pytest.approx(100 * evaluated / (evaluated + trained), abs=1)
-    assert int(found[2]) == int(5 * trained / 9 / evaluated)
+        r"^evaluation  \d of 5 clips, 7 times, .*: about (\d+)% of the run", capsys.readouterr().out, re.M
+    )
+    evaluated = passed["evaluated"] / 3
+    assert int(found[1]) == pytest.approx(100 * evaluated / (evaluated + passed["trained"]), abs=2)
+
+
+def test_the_subset_that_is_named_makes_a_tenth_of_the_run(make_run: Callable[..., Run]) -> None:
+    """By the same cost of a sample, the passes at the beginning and at the end included."""
+    run = make_run(eval_steps=1, max_steps=400)
+    # Updates of 800 clips, and a dev set that takes half of the run.
+    run.state.utterances_per_update = 800
+    run.eval_set.num_samples = np.full(4_000, 8_000)
+    run.eval_rows = np.arange(4_000)
+    found = re.search(r"about 5\d% of the run; --max_eval_samples (\d+) would make it 10%", run._describe_evaluations())
+    run.eval_rows = np.arange(int(found[1]))
+    assert re.search(r"about (9|10)% of the run$", run._describe_evaluations())
 
 
 def test_retention_never_costs_the_best(
@@ -912,7 +936,7 @@ def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: 
     slices_path, bad_path = (stopped_run.folder / name for name in ("eval_slices.csv", "bad_batches.csv"))
     header = log_path.read_bytes().splitlines(keepends=True)[0]
     changed = {
-        "best_step": 1, "best_eval_wer": -1.0,  # cannot be beaten
+        "best_step": 1, "best_eval_wer": -1.0, "best_eval_limits": [-2.0, -0.5],  # cannot be beaten
         "eval_wer_before": 7.0, "test_before": {"test_wer": 8.0},
         "sums": add(state["sums"], "oom_retries", 30), "pending_sums": add(state["pending_sums"], "oom_retries", 4),
         "grad_norm": 123.0, "bad_in_a_row": [1, 0], "deaf_loss": 1.25, "elapsed_seconds": 1e6,
@@ -933,6 +957,7 @@ def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: 
 
     results = json.loads((stopped_run.folder / "train_results.json").read_text())
     assert (results["best_step"], results["best_eval_wer"]) == (1, -1.0)
+    assert (results["best_eval_wer_low"], results["best_eval_wer_high"]) == (-2.0, -0.5)
     assert (results["eval_wer_before"], results["test_wer_before"]) == (7.0, 8.0)
     assert results["resumed_anyway"] == changed["resumed_anyway"]
     log = read_log(log_path)
