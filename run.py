@@ -19,6 +19,7 @@ import numpy as np
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+import card
 import checkpoint
 import diagnosis
 import preflight
@@ -62,6 +63,8 @@ class RunState:
     """The last step that was evaluated and logged as was due; a run that is asked to stop does not wait for that."""
     best_step: int | None = None
     best_eval_wer: float | None = None
+    best_eval_cer: float | None = None
+    """At `best_step`, which the WER alone decides."""
     eval_wer_before: float | None = None
     test_before: dict[str, float] | None = None
     sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
@@ -287,6 +290,7 @@ class Run(Assembly):
             self.state.eval_wer_before = score.wer
         elif self.state.best_eval_wer is None or score.wer < self.state.best_eval_wer:
             self.state.best_eval_wer, self.state.best_step = score.wer, self.state.step
+            self.state.best_eval_cer = score.cer
             if self.is_main:
                 self._save_best()
 
@@ -357,6 +361,7 @@ class Run(Assembly):
             "train_steps_per_second": state.step / max(sums["seconds"], 1e-9),
             "best_step": state.best_step,
             "best_eval_wer": state.best_eval_wer,
+            "best_eval_cer": state.best_eval_cer,
             "eval_wer_before": state.eval_wer_before,
             **({"resumed_anyway": state.resumed_anyway} if state.resumed_anyway else {}),
         }
@@ -440,6 +445,7 @@ class Run(Assembly):
                 rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
                 text = json.dumps(rules, ensure_ascii=False, indent=1)
                 (temporary / "text_rules.json").write_text(text, encoding="utf-8")
+                card.write_card(temporary, self, self.training_results())
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)  # The next checkpoint may need the room.
                 raise

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+import card
 from audio import SAMPLE_RATE_HZ
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
@@ -289,6 +290,7 @@ def finish(run: Run) -> None:
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:
+        card.write_card(run.folder / "model", run, results)
         run.write_results(results)
         print("\n".join(summary(run, results)), flush=True)
 
@@ -312,10 +314,7 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
     return [
         *lines,
         f"  log {folder / 'training_log.csv'}, plot {folder / 'training_curve.png'}, model {folder / 'model'}",
-        'use it: python -c "import soundfile; from transformers import pipeline; '
-        f"raw, rate = soundfile.read('{clip}'); "
-        f"print(pipeline('automatic-speech-recognition', model='{folder / 'model'}')"
-        "({'raw': raw, 'sampling_rate': rate})['text'])\"",
+        f'use it: python -c "{"; ".join(card.usage(folder / "model", clip))}"',
     ]
 
 

@@ -5,17 +5,23 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, DynamoBackend
 
+import processes
+import train
 from audio import SAMPLE_RATE_HZ, Clip, measure
 from corpora import SourceRow
+from errors import exit_status
 from integrity import SCHEMA_VERSION, sealed
 from shards import PartWriter
 
@@ -112,6 +118,26 @@ def make_rows(
         text = "".join(letters[:2]) + (" " + "".join(letters[2:]) if len(letters) > 2 else "")
         rows.append((f"u{seed}_{index}", signal.astype(np.int16), text, speakers[index % len(speakers)]))
     return rows
+
+
+@contextlib.contextmanager
+def training() -> Iterator[Callable[..., int]]:
+    """Runs train.py with the given arguments in this process, whose state of Accelerate ends with each: its status."""
+
+    def command(*arguments: object) -> int:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        try:
+            return exit_status(train.main)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_die_with_launcher", lambda: None)  # The tests' own parent is no launcher.
+        yield command
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
