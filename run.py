@@ -11,24 +11,26 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import card
 import checkpoint
 import diagnosis
 import preflight
+import roundtrip
 import runlog
 from assembly import Assembly
 from atomic import UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig, write_config
-from errors import Stopped, UsageError
+from errors import RunFailed, Stopped, UsageError
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
@@ -42,12 +44,14 @@ from selection import draw_subset
 from stopping import StopSignals
 
 SAMPLES_SHOWN = 3
+# Of the clips of eval_samples.csv, the shortest, for the check of a saved model.
+PROBE_CLIPS = 3
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
     *("config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv"),
-    *("bad_batches.csv", "train_results.json", "checkpoints", "model", "model.new", *preflight.REPORT_FILES),
-    *(TRACKER_PROJECT, "wandb"),
+    *("bad_batches.csv", "train_results.json", "checkpoints", "model", "model.new", "model.rejected"),
+    *(roundtrip.PROBE_FILE, *preflight.REPORT_FILES, TRACKER_PROJECT, "wandb"),
 )
 
 
@@ -108,6 +112,7 @@ class Run(Assembly):
         self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter, self.state.bad_in_a_row)
         self.stop = StopSignals(config.max_hours, self._started_at)
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
+        self._opened_step: int | None = None  # of the model that was opened in a clean process, by this one
         checkpointing = "" if config.gradient_checkpointing else "give --gradient_checkpointing, "
         self.cuts = Cuts(
             "update", f"{checkpointing}lower --max_duration_in_seconds, or use a smaller model", self._report_loudly
@@ -291,8 +296,9 @@ class Run(Assembly):
         elif self.state.best_eval_wer is None or score.wer < self.state.best_eval_wer:
             self.state.best_eval_wer, self.state.best_step = score.wer, self.state.step
             self.state.best_eval_cer = score.cer
-            if self.is_main:
-                self._save_best()
+            self._by_first_rank(self._save_best)
+            if self._opened_step is None:  # on every rank: they must agree on what is still to be done
+                self._opened_step = self.state.best_step
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
@@ -343,7 +349,20 @@ class Run(Assembly):
     def load_best(self) -> None:
         """Put the weights of model/ in place, on every rank."""
         self.accelerator.wait_for_everyone()
-        self.model.hf.load_state_dict(load_file(self.folder / "model" / "model.safetensors"))
+        path = self.folder / "model" / "model.safetensors"
+        try:
+            self.model.hf.load_state_dict(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(f"{path} cannot be loaded ({error}): it has changed since it was saved") from error
+
+    def check_best(self) -> None:
+        """Open model/, whose weights `load_best` has put in place, in a clean process, where it has not been yet.
+
+        Raises:
+            RunFailed: it is not what was saved.
+        """
+        if self._opened_step != self.state.best_step:
+            self._by_first_rank(self._open_best)
 
     def write_results(self, results: dict[str, object]) -> None:
         """`train_results.json`, the mark of a finished run."""
@@ -436,7 +455,8 @@ class Run(Assembly):
         return lines
 
     def _save_best(self) -> None:
-        temporary = self.folder / "model.new"
+        """`model/`, unless what was written is not what was trained: that stays in model.rejected."""
+        temporary, is_first = self.folder / "model.new", self._opened_step is None
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         num_bytes = sum(value.nbytes for value in self.model.hf.state_dict().values())
         with reporting_disk_errors(self.folder / "model", num_bytes):
@@ -446,10 +466,48 @@ class Run(Assembly):
                 text = json.dumps(rules, ensure_ascii=False, indent=1)
                 (temporary / "text_rules.json").write_text(text, encoding="utf-8")
                 card.write_card(temporary, self, self.training_results())
+                if is_first:
+                    self._write_probe()
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)  # The next checkpoint may need the room.
                 raise
+        try:
+            roundtrip.check_written(temporary, self.loaded)
+            if is_first:
+                self._check_opening(temporary)
+        except RunFailed as error:
+            rejected = self.folder / "model.rejected"
+            shutil.rmtree(rejected, ignore_errors=True)
+            temporary.rename(rejected)
+            raise RunFailed(f"{error}; it is kept as {rejected}, and model/ is as it was") from error
         replace_folder(temporary, self.folder / "model")
+
+    def _open_best(self) -> None:
+        self._write_probe()
+        self._check_opening(self.folder / "model")
+
+    def _write_probe(self) -> None:
+        """What the model in memory makes of a few short clips."""
+        heard = num_frames(self.eval_set.num_samples, self.hf_config.conv_kernel, self.hf_config.conv_stride) > 0
+        rows = sorted(self.sample_rows[heard[self.sample_rows]], key=lambda row: self.eval_set.num_samples[row])
+        clips = [self.eval_set[int(row)] for row in rows[:PROBE_CLIPS]]
+        roundtrip.write_probe(self.folder / roundtrip.PROBE_FILE, self.loaded, self.collate, clips)
+
+    def _check_opening(self, folder: Path) -> None:
+        probe = self.folder / roundtrip.PROBE_FILE
+        roundtrip.check_opening(folder, probe)
+        probe.unlink()
+
+    def _by_first_rank(self, work: Callable[[], None]) -> None:
+        """Done by the first rank while the others wait for it; where it fails, all of them end."""
+        failure = None
+        if self.is_main:
+            try:
+                work()
+            except RunFailed as error:
+                failure = error
+        if self.status.worst(int(failure is not None)) != [0]:
+            raise failure or RunFailed("saving or checking model/ failed; the message of the first process says why")
 
     def _elapsed_seconds(self) -> float:
         return self.state.elapsed_seconds + time.monotonic() - self._started_at

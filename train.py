@@ -285,8 +285,9 @@ def evaluate_test(run: Run) -> dict[str, float]:
 def finish(run: Run) -> None:
     """Score the test split with the best model, write train_results.json and say what came out."""
     results = run.training_results()
+    run.load_best()
+    run.check_best()
     if run.test_set is not None:
-        run.load_best()
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:

@@ -1,6 +1,7 @@
 """Fixtures: small prepared sets without a synthesiser, tiny models, and where real speech lies."""
 
 import contextlib
+import gc
 import hashlib
 import os
 import shutil
@@ -18,11 +19,13 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, DynamoBackend
 
 import processes
+import roundtrip
 import train
 from audio import SAMPLE_RATE_HZ, Clip, measure
 from corpora import SourceRow
 from errors import exit_status
 from integrity import SCHEMA_VERSION, sealed
+from pretrained import _quiet_transformers
 from shards import PartWriter
 
 REPOSITORY = Path(__file__).parent.parent
@@ -120,6 +123,29 @@ def make_rows(
     return rows
 
 
+CHECK_IN_CLEAN_PROCESS = roundtrip.check_in_clean_process
+
+
+def check_in_this_process(folder: Path, probe: Path) -> list[roundtrip.Failure]:
+    """The checks of a saved model without the 5 to 10 s that a new process costs."""
+    with _quiet_transformers():
+        return roundtrip.check_folder(folder, probe)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_clean_process() -> Iterator[None]:
+    """Runs in this process check there what they save, by the very same checks; see `clean_process`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roundtrip, "check_in_clean_process", check_in_this_process)
+        yield
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved model is opened in a new process, as for a user."""
+    monkeypatch.setattr(roundtrip, "check_in_clean_process", CHECK_IN_CLEAN_PROCESS)
+
+
 @contextlib.contextmanager
 def training() -> Iterator[Callable[..., int]]:
     """Runs train.py with the given arguments in this process, whose state of Accelerate ends with each: its status."""
@@ -174,6 +200,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs needs the programs mount and unshare")
     if subprocess.run(mount, capture_output=True).returncode == 0:
         yield folder
+        gc.collect()  # A model that was opened in this process may still map its file.
         subprocess.run(["umount", str(folder)], check=True)
         return
     inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", '"$@" && echo mounted && exec cat', "sh"]
