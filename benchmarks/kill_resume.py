@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 
 import atomic
 import checkpoint
+import roundtrip
 import run as run_module
 import runlog
 import train
@@ -58,6 +59,7 @@ FAILPOINTS: dict[str, tuple[object, str, str]] = {
     "log row, half written": (runlog.AppendOnlyTable, "append", "half"),
     "plot": (runlog, "draw_training_curve", "before"),
     "plot, before its rename": (runlog, "write_atomically", "before"),
+    "best model, being checked": (roundtrip, "check_folder", "before"),
     "best model, before its swap": (run_module, "replace_folder", "before"),
     "checkpoint, tensors written": (checkpoint, "save_file", "after"),
     "checkpoint, before its swap": (checkpoint, "replace_folder", "before"),
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
+    check_models_in_this_process()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         recipe = write_recipe(folder)
@@ -144,6 +147,14 @@ def write_recipe(folder: Path) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"data_dir": str(data_dir)}))
     return recipe
+
+
+def check_models_in_this_process() -> None:
+    """A new process for each saved model would cost every attempt 10 s of imports."""
+    import transformers.pipelines  # noqa: F401 - once, before the forks
+    from conftest import check_in_this_process
+
+    roundtrip.check_in_clean_process = check_in_this_process
 
 
 def attempt(recipe: Path, run_dir: Path, seconds: float | None, failpoint: tuple[str, int] | None) -> int:
