@@ -63,7 +63,7 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, torch.Tensor
             unfinished.mkdir()
             save_file(packed, unfinished / TENSORS_FILE)
             (unfinished / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-            _check_tensors(unfinished / TENSORS_FILE, packed)
+            check_tensors(unfinished / TENSORS_FILE, packed)
             files = {name: _describe_file(unfinished / name) for name in (TENSORS_FILE, STATE_FILE)}
             manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
             (unfinished / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -216,6 +216,28 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
+def check_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> None:
+    """Read a file just written and compare it with memory, byte for byte (equal NaNs included).
+
+    Args:
+        path: of a safetensors file.
+        expected: any device; one at a time is copied to the CPU.
+
+    Raises:
+        RunFailed: names, shapes, types or bytes differ.
+    """
+    with safe_open(path, framework="pt") as file:
+        # An empty tensor has no bytes to compare; shapes and names are.
+        intact = set(file.keys()) == set(expected) and all(
+            tensor.shape == (found := file.get_tensor(name)).shape
+            and tensor.dtype == found.dtype
+            and torch.equal(_bytes_of(tensor), _bytes_of(found))
+            for name, tensor in expected.items()
+        )
+    if not intact:
+        raise RunFailed(f"{path} does not read back as it was written: check the disk")
+
+
 def _check_named(run_dir: Path, which: str) -> Path:
     folder = Path(which) if Path(which).is_dir() else run_dir / "checkpoints" / which
     if folder.resolve() not in [known.resolve() for known in list_checkpoints(run_dir)]:
@@ -237,18 +259,8 @@ def _reading(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} is not a checkpoint of this program: {error}") from error
 
 
-def _check_tensors(path: Path, expected: Tensors) -> None:
-    """Read a file just written and compare it with memory, byte for byte (equal NaNs included)."""
-    with safe_open(path, framework="pt") as file:
-        # An empty tensor has no bytes to compare; shapes and names are.
-        intact = set(file.keys()) == set(expected) and all(
-            tensor.shape == (found := file.get_tensor(name)).shape
-            and tensor.dtype == found.dtype
-            and torch.equal(tensor.reshape(-1).view(torch.uint8), found.reshape(-1).view(torch.uint8))
-            for name, tensor in expected.items()
-        )
-    if not intact:
-        raise RunFailed(f"{path} does not read back as it was written: check the disk")
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8)
 
 
 def _describe_file(path: Path) -> dict[str, int | str]:

@@ -1,10 +1,8 @@
 """How the processes of a run start, share gradients and end; what Accelerate's launcher decided is checked here."""
 
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -15,9 +13,9 @@ from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwa
 from torch import nn
 
 from errors import RunFailed, UsageError
+from stopping import end_with_parent
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Gradients travel in pieces of this many numbers (100 MB in fp32), which bounds the memory of the transport.
 NUMBERS_PER_REDUCTION = 25_000_000
 
@@ -207,10 +205,6 @@ def _use_all_cores() -> None:
 
 
 def _die_with_launcher() -> None:
-    """Ask the kernel to end this process with its launcher, which does not pass SIGTERM on (Linux only)."""
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # It ended before the request was in place.
-        os.kill(os.getpid(), signal.SIGTERM)
+    """End with the launcher, which does not pass SIGTERM on."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        end_with_parent(signal.SIGTERM)

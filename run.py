@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import card
 import checkpoint
 import diagnosis
 import preflight
+import roundtrip
 import runlog
 from assembly import Assembly
 from atomic import ASIDE, UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
@@ -54,20 +56,15 @@ EVALUATION_COST = 1 / 3
 LARGE_EVALUATION = 0.25
 # Fewer clips tell little from one evaluation to the next.
 MIN_EVALUATION = 50
+# Of the clips of eval_samples.csv, the shortest, for the check of a saved model.
+PROBE_CLIPS = 3
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
     *("config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv"),
-    *(
-        "eval_slices.csv",
-        "bad_batches.csv",
-        "train_results.json",
-        "checkpoints",
-        "model",
-        "model.new",
-        *preflight.REPORT_FILES,
-    ),
-    *(TRACKER_PROJECT, "wandb"),
+    *("eval_slices.csv", "bad_batches.csv", "train_results.json", "checkpoints"),
+    *("model", "model.new", "model.rejected", roundtrip.PROBE_FILE),
+    *(*preflight.REPORT_FILES, TRACKER_PROJECT, "wandb"),
 )
 
 
@@ -85,6 +82,8 @@ class RunState:
     best_eval_wer: float | None = None
     best_eval_limits: list[float] = field(default_factory=list)
     """Of the best WER, with 95 % confidence; empty where they cannot be known."""
+    best_eval_cer: float | None = None
+    """At `best_step`, which the WER alone decides."""
     eval_wer_before: float | None = None
     test_before: dict[str, float] | None = None
     sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
@@ -129,6 +128,7 @@ class Run(Assembly):
         self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter, self.state.bad_in_a_row)
         self.stop = StopSignals(config.max_hours, self._started_at)
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
+        self._opened_step: int | None = None  # of the model that was opened in a clean process, by this one
         checkpointing = "" if config.gradient_checkpointing else "give --gradient_checkpointing, "
         self.cuts = Cuts(
             "update", f"{checkpointing}lower --max_duration_in_seconds, or use a smaller model", self._report_retry
@@ -385,8 +385,10 @@ class Run(Assembly):
         elif self.state.best_eval_wer is None or score.wer < self.state.best_eval_wer:
             self.state.best_eval_wer, self.state.best_step = score.wer, self.state.step
             self.state.best_eval_limits = [values[name] for name in LIMITS if name in values]
-            if self.is_main:
-                self._save_best()
+            self.state.best_eval_cer = score.cer
+            self._by_first_rank(self._save_best)
+            if self._opened_step is None:  # on every rank: they must agree on what is still to be done
+                self._opened_step = self.state.best_step
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
@@ -455,6 +457,15 @@ class Run(Assembly):
                 "resume from a checkpoint before it"
             ) from error
 
+    def check_best(self) -> None:
+        """Open model/, whose weights `load_best` has put in place, in a clean process, where it has not been yet.
+
+        Raises:
+            RunFailed: it is not what was saved.
+        """
+        if self._opened_step != self.state.best_step:
+            self._by_first_rank(self._open_best)
+
     def write_results(self, results: dict[str, object]) -> None:
         """`train_results.json`, the mark of a finished run."""
         self._write("train_results.json", json.dumps(results, indent=1))
@@ -472,6 +483,7 @@ class Run(Assembly):
             "best_step": state.best_step,
             "best_eval_wer": state.best_eval_wer,
             **dict(zip(("best_eval_wer_low", "best_eval_wer_high"), state.best_eval_limits, strict=False)),
+            "best_eval_cer": state.best_eval_cer,
             "eval_wer_before": state.eval_wer_before,
             **({"resumed_anyway": state.resumed_anyway} if state.resumed_anyway else {}),
         }
@@ -546,7 +558,8 @@ class Run(Assembly):
         return lines
 
     def _save_best(self) -> None:
-        temporary = self.folder / "model.new"
+        """`model/`, unless what was written is not what was trained: that stays in model.rejected."""
+        temporary, is_first = self.folder / "model.new", self._opened_step is None
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
         num_bytes = sum(value.nbytes for value in self.model.hf.state_dict().values())
         with reporting_disk_errors(self.folder / "model", num_bytes):
@@ -555,10 +568,49 @@ class Run(Assembly):
                 rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
                 text = json.dumps(rules, ensure_ascii=False, indent=1)
                 (temporary / "text_rules.json").write_text(text, encoding="utf-8")
+                card.write_card(temporary, self, self.training_results())
+                if is_first:
+                    self._write_probe()
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)  # The next checkpoint may need the room.
                 raise
+        try:
+            roundtrip.check_written(temporary, self.loaded)
+            if is_first:
+                self._check_opening(temporary)
+        except RunFailed as error:
+            rejected = self.folder / "model.rejected"
+            shutil.rmtree(rejected, ignore_errors=True)
+            temporary.rename(rejected)
+            raise RunFailed(f"{error}; it is kept as {rejected}, and model/ is as it was") from error
         replace_folder(temporary, self.folder / "model")
+
+    def _open_best(self) -> None:
+        self._write_probe()
+        self._check_opening(self.folder / "model")
+
+    def _write_probe(self) -> None:
+        """What the model in memory makes of a few short clips."""
+        heard = num_frames(self.eval_set.num_samples, self.hf_config.conv_kernel, self.hf_config.conv_stride) > 0
+        rows = sorted(self.sample_rows[heard[self.sample_rows]], key=lambda row: self.eval_set.num_samples[row])
+        clips = [self.eval_set[int(row)] for row in rows[:PROBE_CLIPS]]
+        roundtrip.write_probe(self.folder / roundtrip.PROBE_FILE, self.loaded, self.collate, clips)
+
+    def _check_opening(self, folder: Path) -> None:
+        probe = self.folder / roundtrip.PROBE_FILE
+        roundtrip.check_opening(folder, probe)
+        probe.unlink()
+
+    def _by_first_rank(self, work: Callable[[], None]) -> None:
+        """Done by the first rank while the others wait for it; where it fails, all of them end."""
+        failure = None
+        if self.is_main:
+            try:
+                work()
+            except RunFailed as error:
+                failure = error
+        if self.status.worst(int(failure is not None)) != [0]:
+            raise failure or RunFailed("saving or checking model/ failed; the message of the first process says why")
 
     def _elapsed_seconds(self) -> float:
         return self.state.elapsed_seconds + time.monotonic() - self._started_at

@@ -4,6 +4,7 @@ The request is only noted where it arrives. The loop asks for it between updates
 evaluation, all ranks agree, and the run saves a checkpoint and ends.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_TO_STOP = 24
 # The launcher passes a terminal's Ctrl-C on, which the ranks have had already: that is no second one.
 SECONDS_TO_SECOND_INTERRUPT = 2
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class StopSignals:
@@ -85,6 +87,16 @@ def ignore_stop_signals(_: int = 0) -> None:
     """For loading processes: a signal to the whole group must not take the loader from under an update."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Ask the kernel to send this process a signal when its parent ends (Linux only)."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # It ended before the request was in place.
+        os.kill(os.getpid(), number)
 
 
 def end_loaders() -> None:

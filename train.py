@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+import card
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, Update, evaluation_loader, training_loader
 from processes import describe_loss, is_lost_process, start_processes
@@ -231,11 +232,13 @@ def finish(run: Run) -> None:
     """Score the test split with the best model, write train_results.json and say what came out."""
     results = run.training_results()
     run.load_best()
+    run.check_best()
     results |= evaluate_all_of_dev(run)
     if run.test_set is not None:
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:
+        card.write_card(run.folder / "model", run, results)
         run.write_results(results)
         print("\n".join(summary(run, results)), flush=True)
 
@@ -260,10 +263,7 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
     return [
         *lines,
         f"  log {folder / 'training_log.csv'}, plot {folder / 'training_curve.png'}, model {folder / 'model'}",
-        'use it: python -c "import soundfile; from transformers import pipeline; '
-        f"raw, rate = soundfile.read('{clip}'); "
-        f"print(pipeline('automatic-speech-recognition', model='{folder / 'model'}')"
-        "({'raw': raw, 'sampling_rate': rate})['text'])\"",
+        f'use it: python -c "{"; ".join(card.usage(folder / "model", clip))}"',
     ]
 
 

@@ -47,6 +47,7 @@ from torch.optim import adam
 
 import atomic
 import checkpoint
+import roundtrip
 import run as run_module
 import runlog
 import scoring
@@ -107,6 +108,7 @@ FAILPOINTS = {
     "log row, half written": Failpoint(runlog.AppendOnlyTable, "append", "half"),
     "plot": Failpoint(runlog, "draw_training_curve", "before"),
     "plot, before its rename": Failpoint(runlog, "write_atomically", "before"),
+    "best model, being checked": Failpoint(roundtrip, "check_folder", "before", max_calls=1),
     "best model, before its swap": Failpoint(run_module, "replace_folder", "before", max_calls=1),
     "checkpoint, tensors written": Failpoint(checkpoint, "save_file", "after"),
     "checkpoint, before its swap": Failpoint(checkpoint, "replace_folder", "before"),
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    check_models_in_this_process()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         recipe = write_recipe(folder, arguments.processes)
@@ -253,6 +256,14 @@ def write_recipe(folder: Path, num_processes: int) -> Path:
     size = UTTERANCES_PER_MICRO_STEP // num_processes
     recipe.write_text(yaml.safe_dump(RECIPE | {"data_dir": str(data_dir), "per_device_train_batch_size": size}))
     return recipe
+
+
+def check_models_in_this_process() -> None:
+    """A new process for each saved model would cost every attempt 10 s of imports."""
+    import transformers.pipelines  # noqa: F401 - once, before the forks
+    from conftest import check_in_this_process
+
+    roundtrip.check_in_clean_process = check_in_this_process
 
 
 def attempt(recipe: Path, run_dir: Path, num_processes: int, kill: Kill | None) -> bool:

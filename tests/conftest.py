@@ -1,10 +1,12 @@
 """Fixtures: small prepared sets without a synthesiser, tiny models, and where real speech lies."""
 
 import contextlib
+import gc
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +16,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, DynamoBackend
 
+import processes
+import roundtrip
+import train
 from audio import SAMPLE_RATE_HZ, Clip, measure
 from corpora import SourceRow
+from errors import exit_status
 from integrity import SCHEMA_VERSION, sealed
+from pretrained import _quiet_transformers
 from shards import PartWriter
 from stopping import end_loaders
 
@@ -131,6 +140,49 @@ def make_rows(
     return rows
 
 
+CHECK_IN_CLEAN_PROCESS = roundtrip.check_in_clean_process
+
+
+def check_in_this_process(folder: Path, probe: Path) -> list[roundtrip.Failure]:
+    """The checks of a saved model without the 5 to 10 s that a new process costs."""
+    with _quiet_transformers():
+        return roundtrip.check_folder(folder, probe)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_clean_process() -> Iterator[None]:
+    """Runs in this process check there what they save, by the very same checks; see `clean_process`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(roundtrip, "check_in_clean_process", check_in_this_process)
+        yield
+
+
+@pytest.fixture
+def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saved model is opened in a new process, as for a user."""
+    monkeypatch.setattr(roundtrip, "check_in_clean_process", CHECK_IN_CLEAN_PROCESS)
+
+
+@contextlib.contextmanager
+def training() -> Iterator[Callable[..., int]]:
+    """Runs train.py with the given arguments in this process, whose state of Accelerate ends with each: its status."""
+
+    def command(*arguments: object) -> int:
+        patch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+        try:
+            return exit_status(train.main)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_die_with_launcher", lambda: None)  # The tests' own parent is no launcher.
+        yield command
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
     """A prepared set: train in two parts (13 utterances), dev (5), test (4, one of a new speaker)."""
@@ -165,6 +217,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs needs the programs mount and unshare")
     if subprocess.run(mount, capture_output=True).returncode == 0:
         yield folder
+        gc.collect()  # A model that was opened in this process may still map its file.
         subprocess.run(["umount", str(folder)], check=True)
         return
     inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", '"$@" && echo mounted && exec cat', "sh"]

@@ -25,16 +25,24 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, TALKATIVE, TINY_GROUP_NORM_MODEL, TINY_MODEL, write_recipe
+from conftest import (
+    REPOSITORY,
+    TALKATIVE,
+    TINY_GROUP_NORM_MODEL,
+    TINY_MODEL,
+    check_in_this_process,
+    write_recipe,
+)
 
+import roundtrip
 from checkpoint import find_damage, list_checkpoints
 
 SECONDS_FOR_A_RUN = 120
 HANG_SECONDS = 12
 # What a run imports, some of it late: once for all ranks.
 COSTLY_MODULES = (
-    "train", "torch._dynamo", "transformers.models.wav2vec2.modeling_wav2vec2", "pandas", "matplotlib.figure",
-    "matplotlib.backends.backend_agg",
+    "train", "torch._dynamo", "transformers.models.wav2vec2.modeling_wav2vec2", "transformers.pipelines", "pandas",
+    "matplotlib.figure", "matplotlib.backends.backend_agg",
 )  # fmt: skip
 MASKS = {"mask_time_prob": 0.4, "mask_time_length": 2, "mask_feature_prob": 0.3, "mask_feature_length": 4}
 MEASURED_COLUMNS = [
@@ -50,6 +58,7 @@ def serve() -> None:
     """For each line on stdin: run the asked number of ranks, answer with their exit statuses."""
     for module in COSTLY_MODULES:
         importlib.import_module(module)
+    roundtrip.check_in_clean_process = check_in_this_process
     gc.freeze()  # Ranks that do not touch what they share do not copy it.
 
     print("ready", flush=True)
@@ -87,12 +96,15 @@ def _fork_rank(rank: int, request: dict) -> int:
 def _inject(failure: dict) -> None:
     """Make this rank fail, in the forward or backward pass of these micro-batches of an update or an evaluation.
 
-    `where` is one of those two passes (memory runs out), end, hang, or the name of a signal that is sent.
+    `where` is one of those two passes (memory runs out), end, hang, or the name of a signal that is sent; or else
+    probe or save, which fail whenever they are called.
     """
     import train
 
     if failure["where"] == "probe":
         _limit_rows(failure["rows"])
+    if failure["where"] == "save":
+        roundtrip.check_in_clean_process = lambda *_: [roundtrip.Failure("logits", "different by 3", "at most 0.0001")]
     original, passes = train.Run.forward, itertools.count()
 
     def is_due(run: train.Run) -> bool:
@@ -542,6 +554,20 @@ def test_a_rank_that_ends_stops_the_others_at_once(
     assert stopped.statuses == [1, 9]
     (line,) = stopped.stderr[0].splitlines()
     assert line.startswith("failed: another process of the run has ended (")
+
+
+def test_a_model_that_does_not_open_stops_all_ranks(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Only the first rank saves and checks; the other waits for it, and not in an exchange of gradients."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, eval_steps=2)
+    failure = {"rank": 0, "where": "save", "step": -1, "passes": []}
+    stopped = run_ranks(2, "run", "--config", recipe, failure=failure, status=1)
+    assert stopped.statuses == [1, 1]
+    assert "logits: different by 3 (at most 0.0001)" in stopped.stderr[0]
+    said = "[rank 1] failed: saving or checking model/ failed; the message of the first process says why\n"
+    assert stopped.stderr[1] == said
+    assert [len(record["trained"]) for record in stopped.records] == [2, 2]
 
 
 def test_a_rank_that_hangs_stops_the_others_in_bounded_time(

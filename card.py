@@ -1,0 +1,321 @@
+"""The model card: README.md of model/, with what the run knows of its data, texts, figures, settings and limits.
+
+The front matter is the Hugging Face Hub's, which shows the figures of `model-index` beside the model
+(https://huggingface.co/docs/hub/model-cards). Rates are fractions there, as in train_results.json, and percent in the
+text. No sentence, speaker or path of the corpus is quoted: a card is made to be published.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCardData
+
+from atomic import write_atomically
+from audio import SAMPLE_RATE_HZ
+from coverage import commonest
+from findings import percent
+from integrity import read_sealed
+
+if TYPE_CHECKING:
+    from run import Run
+
+Results = Mapping[str, float]
+Intervals = Mapping[str, tuple[float, float]]
+
+TASK = "automatic-speech-recognition"
+# Name in train_results.json, the split, what it is.
+FIGURES = (
+    ("best_eval_wer", "dev", "WER"),
+    ("best_eval_cer", "dev", "CER"),
+    ("test_wer", "test", "WER"),
+    ("test_cer", "test", "CER"),
+    ("test_wer_seen_speakers", "test", "WER, voices heard in training"),
+    ("test_wer_unseen_speakers", "test", "WER, voices not heard in training"),
+    ("test_raw_wer", "test", "WER against the texts as found"),
+)
+MAX_CHARACTERS_NAMED = 120
+UNKNOWN_CHARACTERS_NAMED = 8
+
+
+def write_card(folder: Path, run: "Run", results: Results, intervals: Intervals | None = None) -> None:
+    """README.md of a model folder.
+
+    Args:
+        folder: holds the weights.
+        run: what made them.
+        results: figures by their names in train_results.json; those of the test set come at the end of a run.
+        intervals: low and high end of the 95 % interval of a figure, by the same names; those of `results`, in NAME_low
+            and NAME_high, when not given.
+
+    Raises:
+        RunFailed: disk full or not writable; an older card is as it was.
+    """
+    if intervals is None:
+        named = [name for name, _, _ in FIGURES if f"{name}_low" in results]
+        intervals = {name: (results[f"{name}_low"], results[f"{name}_high"]) for name in named}
+    write_atomically(folder / "README.md", model_card(run, results, intervals))
+
+
+def usage(model: Path | str, clip: Path | str) -> list[str]:
+    """Statements of Python that print the text of a clip; `pipeline` opens a file name only where there is ffmpeg."""
+    return [
+        "import soundfile",
+        "from transformers import pipeline",
+        f"raw, rate = soundfile.read('{clip}')",
+        f"recognise = pipeline('{TASK}', model='{model}')",
+        "print(recognise({'raw': raw, 'sampling_rate': rate})['text'])",
+    ]
+
+
+def model_card(run: "Run", results: Results, intervals: Intervals) -> str:
+    """The card as text: front matter and Markdown."""
+    sections = {
+        "Figures": _figures(run, results, intervals),
+        "Use": ["In this folder (elsewhere, its path takes the place of the dot):", _code(usage(".", "CLIP.wav"))],
+        "Data": _data(run),
+        "Text": _text(run),
+        "Training": _training(run),
+        "Limits": _bullets(_limits(run, results)),
+    }
+    blocks = [f"---\n{_front_matter(run, results)}\n---", f"# {_name(run)}", _introduction(run)]
+    for title, paragraphs in sections.items():
+        blocks += [f"## {title}", *paragraphs]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _front_matter(run: "Run", results: Results) -> str:
+    data = Path(run.config.data_dir).resolve().name
+    figures = [
+        EvalResult(
+            task_type=TASK, dataset_type=data, dataset_name=data, dataset_split=_split(run, split),
+            metric_type=kind.lower(), metric_name=kind, metric_value=results[name],
+        )
+        for name, split, kind in FIGURES
+        if kind in ("WER", "CER") and _is_known(results, name)
+    ]  # fmt: skip
+    return ModelCardData(
+        language=_languages(run) or None,
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=[TASK, "ctc", run.hf_config.model_type],
+        base_model=None if _is_folder(run) else run.config.model_name_or_path,
+        metrics=["wer", "cer"],
+        model_name=_name(run),
+        eval_results=figures,
+    ).to_yaml()
+
+
+def _introduction(run: "Run") -> str:
+    state, base = run.state, run.config.model_name_or_path
+    origin = "trained from random weights" if base is None else f"fine-tuned from {_base_model(run)}"
+    goes_on = "" if state.step == run.total_steps else f"; the run was at update {state.step} when this was written"
+    return (
+        f"A {run.hf_config.model_type} model with a CTC head, {origin}. Its weights are those after update "
+        f"{state.best_step} of {run.total_steps}, which had the lowest {_split(run, 'dev')} WER{goes_on}."
+    )
+
+
+# --- Figures -------------------------------------------------------------------------------------------------------
+
+
+def _figures(run: "Run", results: Results, intervals: Intervals) -> list[str]:
+    columns = ["figure", "this model", *(["95 % interval"] if intervals else []), "before training"]
+    rows = []
+    for name, split, kind in FIGURES:
+        if not _is_known(results, name):
+            continue
+        before = f"{name.replace('best_', '')}_before"
+        interval = f"{100 * intervals[name][0]:.2f} to {_percent(intervals[name][1])}" if name in intervals else "-"
+        rows.append(
+            [
+                f"{_split(run, split)} {kind}",
+                _percent(results[name]),
+                *([interval] if intervals else []),
+                _percent(results[before]) if _is_known(results, before) else "-",
+            ]
+        )
+    scored = [f"{len(run.eval_rows):,} of {len(run.eval_set):,} {_split(run, 'dev')} utterances"]
+    if _is_known(results, "test_wer"):
+        scored.append(f"all {len(run.test_set):,} test utterances")
+    how = (
+        "Error rates of greedy decoding without a language model, on normalised texts (see Text): errors of all "
+        f"utterances over words or characters of all references. Scored: {' and '.join(scored)}."
+    )
+    return [how, _table(columns, rows)]
+
+
+# --- Data, texts, settings -----------------------------------------------------------------------------------------
+
+
+def _data(run: "Run") -> list[str]:
+    hours = run.plan.num_samples.sum(dtype="int64") / SAMPLE_RATE_HZ / 3600
+    rows = [
+        [split, f"{len(dataset):,}", f"{dataset.seconds / 3600:.2f}", f"`{dataset.fingerprint}`"]
+        for split, dataset in run.sets.items()
+    ]
+    prepared = read_sealed(Path(run.config.data_dir) / "prepare.json")["splits"]
+    left_out = [f"- training: {_counts(run.selection.drops_by_reason)}"]
+    left_out += [f"- preparing, {split}: {_counts(prepared[split].get('dropped', {}))}" for split in run.sets]
+    return [
+        f"Prepared data `{Path(run.config.data_dir).resolve().name}`. Trained on {len(run.plan.rows):,} utterances, "
+        f"{hours:.2f} hours.",
+        _table(["split", "utterances", "hours", "fingerprint"], rows),
+        "Left out, with the number of utterances by reason:",
+        "\n".join(left_out),
+    ]
+
+
+def _text(run: "Run") -> list[str]:
+    rules, characters = run.normalizer, sorted(run.vocabulary.characters - {" "})
+    named = f": {_verbatim(''.join(characters))}" if len(characters) <= MAX_CHARACTERS_NAMED else ""
+    removed = rules.characters_to_ignore
+    return _bullets(
+        [
+            f"case: {rules.case}",
+            f"characters removed: {_verbatim(removed) if removed else 'none'}",
+            f"vocabulary: {len(run.vocabulary)} outputs, {len(characters)} characters{named}",
+        ]
+    )
+
+
+def _training(run: "Run") -> list[str]:
+    config, size = run.config, run.state.utterances_per_update
+    frozen = ", feature encoder frozen" if config.freeze_feature_encoder else ""
+    return _bullets(
+        [
+            f"base model: {'none, random weights' if config.model_name_or_path is None else _base_model(run)}{frozen}",
+            f"updates: {run.total_steps:,} of {size} utterances, {run.total_steps / run.plan.updates_per_epoch:.1f} "
+            "epochs",
+            f"learning rate: {config.learning_rate:g}, {config.lr_scheduler_type}, {config.warmup_steps} warm-up "
+            f"updates; weight decay {config.weight_decay:g}",
+            f"precision: {run.accelerator.mixed_precision} (the launcher's mixed precision; the weights are fp32)",
+            f"seed: {config.seed}",
+            f"made with transformers {transformers.__version__} and torch {torch.__version__}",
+        ]
+    )
+
+
+# --- Limits --------------------------------------------------------------------------------------------------------
+
+
+def _limits(run: "Run", results: Results) -> list[str]:
+    seconds = run.plan.num_samples / SAMPLE_RATE_HZ
+    limits = [
+        f"It takes mono audio of {SAMPLE_RATE_HZ // 1000} kHz, and was trained on clips of {seconds.min():.1f} to "
+        f"{seconds.max():.1f} s.",
+        "WER and CER are those of normalised texts: it writes neither another case than that above nor a character "
+        "that was removed.",
+        f"The {_split(run, 'dev')} figures are the best of the evaluations of this run, chosen by this very WER.",
+    ]
+    if run.eval_set is run.train_set:
+        limits.append("The train figures are of utterances that it was trained on: how well it knows them by heart.")
+    if not _is_known(results, "test_wer"):
+        limits.append("No test set has been scored." if run.test_set is None else "The test set is not scored yet.")
+    languages = ", ".join(_languages(run))
+    limits.append(
+        f"Language, as the corpus names it: {languages}." if languages else "The data does not name its language."
+    )
+    limits += [
+        f"At update {entry['step']} the run went on although this had changed: {', '.join(entry['changed'])}."
+        for entry in run.state.resumed_anyway
+    ]
+    return [*limits, *_unknown_characters(run), *_shared(run)]
+
+
+def _languages(run: "Run") -> list[str]:
+    """Common Voice's column of that name."""
+    if "locale" not in run.train_set.column_names:
+        return []
+    return sorted(set(run.train_set.column("locale")) - {""})
+
+
+def _unknown_characters(run: "Run") -> list[str]:
+    said = []
+    for split, texts in run.texts.items():
+        if texts.coverage.unknown:
+            unknown = commonest(texts.coverage.unknown)[:UNKNOWN_CHARACTERS_NAMED]
+            named = ", ".join(f"{_verbatim(character)} {count:,}" for character, count in unknown)
+            share = percent(texts.coverage.unknown_fraction)
+            said.append(f"It cannot write {share} of the characters of the {split} texts, among them {named}.")
+    return said
+
+
+SHARED = {
+    "sentences": "a sentence that is also in",
+    "speakers": "a speaker who is also in",
+    "audio": "the very audio (which is not trained on) of a clip of",
+}
+
+
+def _shared(run: "Run") -> list[str]:
+    """What the scored splits share with the whole training split, as the preflight counted it."""
+    said = []
+    for finding in run.overlap.findings:
+        what = SHARED[finding.check.removeprefix("shared ")]
+        for split in [split for split in run.sets if split != "train"]:
+            facts = finding.facts[f"train-{split}"]
+            who = f"{facts['utterances']:,} {split} utterances ({percent(facts['share'])}) have"
+            if not facts["utterances"]:
+                who = f"No {split} utterance has"
+            said.append(f"{who} {what} the training split{_unknown_speakers(facts)}.")
+    return said
+
+
+def _unknown_speakers(facts: Mapping[str, object]) -> str:
+    unknown = [f"{count:,} in {split}" for split, count in facts.get("unknown", {}).items() if count]
+    return f" (speaker unknown: {', '.join(unknown)})" if unknown else ""
+
+
+# --- Words and Markdown --------------------------------------------------------------------------------------------
+
+
+def _name(run: "Run") -> str:
+    return run.folder.resolve().name
+
+
+def _split(run: "Run", split: str) -> str:
+    """`dev` is what the run evaluates on, which --eval_split may have made the training split."""
+    return run.eval_set.folder.name if split == "dev" else split
+
+
+def _is_folder(run: "Run") -> bool:
+    name = run.config.model_name_or_path
+    return name is not None and Path(name).expanduser().is_dir()
+
+
+def _base_model(run: "Run") -> str:
+    """A folder by its name alone: its path means nothing elsewhere."""
+    name = run.config.model_name_or_path
+    return f"the folder {Path(name).expanduser().resolve().name}" if _is_folder(run) else name
+
+
+def _is_known(results: Results, name: str) -> bool:
+    return results.get(name) is not None
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.2f} %"
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items()) or "none"
+
+
+def _bullets(lines: list[str]) -> list[str]:
+    return ["\n".join(f"- {line}" for line in lines)]
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
+
+
+def _code(lines: list[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _verbatim(text: str) -> str:
+    """A code span, in which Markdown changes nothing, a backtick included."""
+    return f"`` {text} ``"
