@@ -73,8 +73,13 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, torch.Tensor
             raise
     for later in list_checkpoints(run_dir):
         if _step_of(later) > step:
-            _remove_folder(later)
+            remove_checkpoint(later)
     return folder
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Take a checkpoint away; a kill leaves it there, or nothing that a resume would take for one."""
+    _remove_folder(folder)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

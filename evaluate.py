@@ -15,6 +15,7 @@ from errors import UsageError, exit_status
 # isort: split
 
 import allocator  # noqa: F401 - before torch
+import launched  # noqa: F401 - before torch
 
 # isort: split
 

@@ -14,6 +14,7 @@ from errors import RunFailed, UsageError, exit_status
 # isort: split
 
 import allocator  # noqa: F401 - before torch
+import launched  # noqa: F401 - before torch
 
 # isort: split
 
@@ -255,8 +256,11 @@ def check_disk(folder: Path, needed_bytes: int) -> Finding:
     """Whether the place can be written to and hold the run's checkpoints."""
     if trouble := _trouble_with(folder):
         return Finding("disk", trouble, "refused", f"choose another --output_dir than {folder}")
-    free = free_bytes(folder)
-    result = f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free"
+    # What the run has written there already makes room for what replaces it.
+    held = sum(path.stat().st_size for name in ("checkpoints", "model") for path in (folder / name).rglob("*.*"))
+    free = free_bytes(folder) + held
+    own = f", {held / 1e9:.2f} GB of it held by this run" if held else ""
+    result = f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free{own}"
     facts = {"needed_bytes": needed_bytes, "free_bytes": free}
     if free >= needed_bytes:
         return Finding("disk", result, facts=facts)

@@ -1,9 +1,10 @@
 """Progress of long work: a bar with rate and ETA on a terminal, plain lines when piped."""
 
+import contextlib
 import sys
 import time
 from types import TracebackType
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -53,14 +54,14 @@ class Progress:
             self._bar.update(self._task, completed=self.done, status=self._status(note))
         elif self.enabled and time.monotonic() - self._last_line_at >= SECONDS_BETWEEN_PLAIN_LINES:
             self._last_line_at = time.monotonic()
-            print(self._line(note), file=sys.stderr, flush=True)
+            say(self._line(note), sys.stderr)
 
     def print(self, text: str) -> None:
         """Print a line above the bar on stdout; nothing on a disabled progress."""
         if self._bar is not None and sys.stdout.isatty():
             self._bar.console.print(text, markup=False, highlight=False)
         elif self.enabled:
-            print(text, flush=True)
+            say(text, sys.stdout)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -87,6 +88,12 @@ class Progress:
             f"{self.description}: {self.done}/{self.total} ({share:.0%}), {self._status(note)}, "
             f"ETA {format_seconds(seconds_left)}"
         )
+
+
+def say(text: str, stream: TextIO) -> None:
+    """Print a line; a reader that is gone (`| tee` after Ctrl-C, `| head`) costs the line and not the run."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=stream, flush=True)
 
 
 def format_seconds(seconds: float) -> str:

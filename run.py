@@ -39,7 +39,7 @@ from metrics import Score
 from model import num_frames, parameter_counts
 from pretrained import save_model
 from processes import describe_processes
-from progress import Progress
+from progress import Progress, say
 from recovery import Cuts
 from schedule import learning_rate_at
 from scoring import Evaluation, rates
@@ -49,6 +49,9 @@ from stopping import StopSignals
 
 SAMPLES_SHOWN = 3
 LIMITS = ("eval_wer_low", "eval_wer_high")
+# Of the state: what model/ is, kept beside it for a resume from a checkpoint before it.
+BEST_FIELDS = ("best_step", "best_eval_wer", "best_eval_limits", "best_eval_cer")
+BEST_FILE = "best.json"
 # A second of audio in an evaluation costs about a third of one in training: no backward pass. The field notes' base and
 # large models have 0.26 to 0.40.
 EVALUATION_COST = 1 / 3
@@ -161,6 +164,7 @@ class Run(Assembly):
             "the vocabulary": dict(self.vocabulary.token_ids),
             "case": self.normalizer.case,
             "characters_to_ignore": self.normalizer.characters_to_ignore,
+            "the configuration of the model": _describe_config(self.hf_config),
             "the shape of the model": {name: list(value.shape) for name, value in self.model.hf.named_parameters()},
             **{name: getattr(config, name) for name in settings.split()},
         }
@@ -248,22 +252,48 @@ class Run(Assembly):
         checkpoint.restore_optimizer(self.model, self.optimizer.optimizer, tensors, saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
-        if self.is_main:
-            if saved["run"]["identity"] != self.state.identity:
-                self._write_config()  # --resume_anyway: the next resume is one of the run as it is now.
-            recover_folder(self.folder / "model")
-            self._open_tables()
-            self.log.truncate(self.state.log_bytes)
-            self.samples.truncate(self.state.sample_bytes)
-            self.slices.truncate(self.state.slice_bytes)
-            if self._bad_batches_path.exists():
-                runlog.BadBatchTable(self._bad_batches_path).truncate(self.state.bad_batch_bytes)
-            disk = self._check_disk()
-            later = [path.name for path in checkpoint.list_checkpoints(self.folder) if path.name > self.checkpoint.name]
-            note = f"; {', '.join(later)} will be replaced" if later else ""
-            said = f"resumed     from {self.checkpoint} at step {self.state.step} of {self.total_steps}{note}"
-            print("\n".join([*self._describe(disk), said]), flush=True)
-        self.accelerator.wait_for_everyone()
+        has_changed = saved["run"]["identity"] != self.state.identity
+        self._by_first_rank(lambda: self._cut_back(has_changed))
+        self._adopt_best(has_changed)
+
+    def _cut_back(self, has_changed: bool) -> None:
+        """The run directory as it was at the checkpoint, but for model/."""
+        disk = self._check_disk()
+        later = [path for path in checkpoint.list_checkpoints(self.folder) if path.name > self.checkpoint.name]
+        if self.config.resume_from_checkpoint != "last":
+            # Their logs are cut off here: the next `last` must not find one of them. Of `last`, they are damaged.
+            for path in later:
+                checkpoint.remove_checkpoint(path)
+        # The mark of a finished run, which this one is not any more.
+        (self.folder / "train_results.json").unlink(missing_ok=True)
+        if has_changed:
+            self._write_config()  # --resume_anyway: the next resume is one of the run as it is now.
+        recover_folder(self.folder / "model")
+        self._open_tables()
+        self.log.truncate(self.state.log_bytes)
+        self.samples.truncate(self.state.sample_bytes)
+        self.slices.truncate(self.state.slice_bytes)
+        if self._bad_batches_path.exists():
+            runlog.BadBatchTable(self._bad_batches_path).truncate(self.state.bad_batch_bytes)
+        note = f"; done again: {', '.join(path.name for path in later)}" if later else ""
+        said = f"resumed     from {self.checkpoint} at step {self.state.step} of {self.total_steps}{note}"
+        print("\n".join([*self._describe(disk), said]), flush=True)
+
+    def _adopt_best(self, has_changed: bool) -> None:
+        """model/ may be of a step behind the checkpoint: then it is the best so far, unless --resume_anyway changed.
+
+        The updates up to it are done again; on a CPU they give the same weights, on a GPU nearly.
+        """
+        try:
+            best = json.loads((self.folder / "model" / BEST_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if best["best_step"] <= self.state.step:
+            return
+        for name in best:
+            setattr(self.state, name, getattr(RunState, name, []) if has_changed else best[name])
+        if has_changed and self.is_main:
+            print(f"model/ is of step {best['best_step']} under the old settings; the next evaluation replaces it")
 
     def _open_tables(self) -> None:
         self.log = runlog.TrainingLog(self.folder / "training_log.csv")
@@ -287,8 +317,10 @@ class Run(Assembly):
             f"{trained:,} parameters trained, {frozen:,} frozen",
             *(f"            {note}" for note in self.loaded.notes),
             f"update      {config.per_device_train_batch_size} per micro-batch x {config.gradient_accumulation_steps} "
-            f"accumulated x {processes} processes = {size} utterances, {seconds / len(self.plan.rows) * size:.0f} s "
-            "of audio" + (f"; cut at {self.max_batch_seconds:g} s of padded audio" if self.max_batch_seconds else ""),
+            f"accumulated x {processes} processes = {self.utterances_per_update} utterances"
+            + (f", {size} as the run began with" if size != self.utterances_per_update else "")
+            + f", {seconds / len(self.plan.rows) * size:.0f} s of audio"
+            + (f"; cut at {self.max_batch_seconds:g} s of padded audio" if self.max_batch_seconds else ""),
             f"run         {self.total_steps} updates, {self.plan.updates_per_epoch} per epoch; precision "
             f"{facts['mixed_precision']} on {facts['device']}, {facts['distributed_type']}; seed {config.seed}",
             f"evaluation  {self._describe_evaluations()}",
@@ -397,6 +429,8 @@ class Run(Assembly):
             yield
         except Stopped:
             self.save_checkpoint()
+            # The launcher ends the first rank in the midst of its save when another one has ended before it.
+            self.status.worst(0)
             raise
 
     def save_checkpoint(self) -> None:
@@ -439,7 +473,7 @@ class Run(Assembly):
     def _report_loudly(self, message: str) -> None:
         """A line on stderr, from whichever rank it happened to."""
         rank = f"[rank {self.accelerator.process_index}] " if self.accelerator.num_processes > 1 else ""
-        print(f"{rank}{message}", file=sys.stderr, flush=True)
+        say(f"{rank}{message}", sys.stderr)
 
     def load_best(self) -> None:
         """Put the weights of model/ in place, on every rank.
@@ -568,6 +602,8 @@ class Run(Assembly):
                 rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
                 text = json.dumps(rules, ensure_ascii=False, indent=1)
                 (temporary / "text_rules.json").write_text(text, encoding="utf-8")
+                best = json.dumps({name: getattr(self.state, name) for name in BEST_FIELDS}, indent=1)
+                (temporary / BEST_FILE).write_text(best, encoding="utf-8")
                 card.write_card(temporary, self, self.training_results())
                 if is_first:
                     self._write_probe()
@@ -607,16 +643,28 @@ class Run(Assembly):
         if self.is_main:
             try:
                 work()
-            except RunFailed as error:
+            except (RunFailed, UsageError) as error:
                 failure = error
         if self.status.worst(int(failure is not None)) != [0]:
-            raise failure or RunFailed("saving or checking model/ failed; the message of the first process says why")
+            raise failure or RunFailed("the first process of the run has failed; its own message says why")
 
     def _elapsed_seconds(self) -> float:
         return self.state.elapsed_seconds + time.monotonic() - self._started_at
 
     def _write(self, name: str, text: str) -> None:
         write_atomically(self.folder / name, text)
+
+
+def _describe_config(hf_config: object) -> dict[str, object]:
+    """What a configuration says about the model (activations, dropouts, masks), not where it came from."""
+    fields = json.loads(hf_config.to_json_string(use_diff=False))
+    foreign = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    # The sizes and ids of tokens follow from the vocabulary.
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in (*foreign, "vocab_size") and not name.endswith("_token_id")
+    }
 
 
 def choose_beginning(config: TrainConfig) -> TrainConfig | None:

@@ -4,6 +4,7 @@ The request is only noted where it arrives. The loop asks for it between updates
 evaluation, all ranks agree, and the run saves a checkpoint and ends.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -112,4 +113,5 @@ def end_loaders() -> None:
 def _say(message: str) -> None:
     # Not print: a handler may interrupt one.
     if os.environ.get("RANK", "0") == "0":
-        os.write(sys.__stderr__.fileno(), f"\n{message}\n".encode())
+        with contextlib.suppress(OSError):  # `2>&1 | tee` ends at the same Ctrl-C: nobody reads, the save goes on
+            os.write(sys.__stderr__.fileno(), f"\n{message}\n".encode())

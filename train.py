@@ -12,6 +12,7 @@ from errors import RunFailed, UsageError, exit_status
 # isort: split
 
 import allocator  # noqa: F401 - before torch
+import launched  # noqa: F401 - before torch
 
 # isort: split
 

@@ -45,7 +45,9 @@ from transformers import get_scheduler, pipeline
 
 import checkpoint
 import demo
+import errors
 import evaluate as evaluate_command
+import preflight
 import processes
 import runlog
 import scoring
@@ -849,7 +851,7 @@ def test_poisoned_checkpoint_is_passed_over_or_refused(
     else:
         assert status == 0
         assert f"skipping the damaged checkpoint {newest}: " in said.out
-        assert "at step 2 of 5; step_000004 will be replaced" in said.out
+        assert "at step 2 of 5; done again: step_000004" in said.out
     assert not Path("poisoned").exists()
 
 
@@ -936,7 +938,8 @@ def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: 
     slices_path, bad_path = (stopped_run.folder / name for name in ("eval_slices.csv", "bad_batches.csv"))
     header = log_path.read_bytes().splitlines(keepends=True)[0]
     changed = {
-        "best_step": 1, "best_eval_wer": -1.0, "best_eval_limits": [-2.0, -0.5],  # cannot be beaten
+        "best_step": 1, "best_eval_wer": -1.0,  # cannot be beaten
+        "best_eval_limits": [-2.0, -0.5], "best_eval_cer": -3.0,
         "eval_wer_before": 7.0, "test_before": {"test_wer": 8.0},
         "sums": add(state["sums"], "oom_retries", 30), "pending_sums": add(state["pending_sums"], "oom_retries", 4),
         "grad_norm": 123.0, "bad_in_a_row": [1, 0], "deaf_loss": 1.25, "elapsed_seconds": 1e6,
@@ -987,6 +990,124 @@ def test_position_of_the_state_is_restored(stopped_run: StoppedRun, command: Cal
         assert command(*stopped_run.flags, "--resume_from_checkpoint", "last") == 0
     assert trained == [(8, 3), (9, 1)], "13 utterances an epoch"
     assert read_log(stopped_run.folder / "training_log.csv")["step"].tolist() == [0, 4, 10], "8 was finished"
+
+
+def test_a_resume_from_an_earlier_checkpoint_can_be_killed_too(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finished run: later checkpoints and the mark of its end go, and `last` goes on from what is there."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=9, eval_steps=3, save_steps=3)
+    flags = ("--config", recipe, "--save_total_limit", 9, "--output_dir")
+    assert command(*flags, tmp_path / "whole") == 0
+    assert command(*flags, tmp_path / "run") == 0
+    original = train.train_step
+
+    def train_step(run: Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
+        if update.step == 5:
+            raise RuntimeError("the failure that the test asks for")
+        return original(run, update)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", train_step)
+        with pytest.raises(RuntimeError, match="that the test asks for"):
+            command(*flags, tmp_path / "run", "--resume_from_checkpoint", "step_000003")
+    assert not (tmp_path / "run" / "train_results.json").exists()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")] == ["step_000003"]
+    assert command(*flags, tmp_path / "run", "--resume_from_checkpoint", "auto") == 0
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_resume_needs_no_second_disk(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk of a third more than the run needs holds it after a kill as well: what it wrote counts as room."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=6, save_steps=2, eval_steps=2)
+    run_dir, needed, original = tmp_path / "run", [0], preflight.disk_bytes
+    monkeypatch.setattr(preflight, "disk_bytes", lambda run: needed.append(original(run)) or needed[-1])
+
+    def free_bytes(_: Path) -> int:
+        used = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
+        return int(1.33 * needed[-1]) - used
+
+    monkeypatch.setattr(preflight, "free_bytes", free_bytes)
+    assert command("--config", recipe, "--output_dir", run_dir) == 0
+    assert free_bytes(run_dir) < needed[-1], "or the test shows nothing"
+    flags = ("--output_dir", run_dir, "--resume_from_checkpoint", "step_000004")
+    assert command("--config", recipe, *flags) == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"seed": 7}], ids=["same", "anyway"])
+def test_model_of_a_step_behind_the_checkpoint(
+    settings: dict[str, int], prepared: Path, tmp_path: Path, command: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It is the best so far under its own figures, or, after --resume_anyway, of another run and replaced."""
+    wers = iter([70, 10, 50, 50, 50, 50])
+    original = train.evaluate
+
+    def evaluate(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> scoring.Evaluation:
+        evaluation = original(run, dataset, rows, description)
+        if description != "evaluating":
+            return evaluation
+        score = dataclasses.replace(evaluation.score, words=ErrorCounts(substitutions=next(wers), hits=10))
+        return dataclasses.replace(evaluation, score=score)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=8, eval_steps=2, save_steps=2)
+    flags = ["--config", recipe, "--save_total_limit", 9, "--output_dir", tmp_path / "run"]
+    assert command(*flags) == 0
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert results["best_step"] == 4
+    best = load_file(tmp_path / "run" / "model" / "model.safetensors")["lm_head.weight"]
+    wers = iter([20, 30, 40])
+    flags += ["--resume_from_checkpoint", "step_000002", *(f for k, v in settings.items() for f in (f"--{k}", v))]
+    assert command(*flags, *(["--resume_anyway"] if settings else [])) == 0
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    found = load_file(tmp_path / "run" / "model" / "model.safetensors")["lm_head.weight"]
+    assert (results["best_step"], torch.equal(found, best)) == (4, not settings)
+    assert results["best_eval_wer"] == (20 / 30 if settings else 10 / 20)
+
+
+def test_another_dropout_is_another_run(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=4, save_steps=2)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    write_recipe(
+        recipe, prepared, max_steps=4, save_steps=2, model_config=TINY_MODEL | TALKATIVE | {"hidden_dropout": 0.5}
+    )
+    flags = ("--output_dir", tmp_path / "run", "--resume_from_checkpoint", "step_000002")
+    assert command("--config", recipe, *flags) == 2
+    assert "different in the configuration of the model" in capsys.readouterr().err
+
+
+def test_a_screen_that_is_gone_costs_no_checkpoint(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`2>&1 | tee log` dies of the same Ctrl-C."""
+    original = train.train_step
+
+    class Gone:
+        def __getattr__(self, name: str) -> object:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            raise BrokenPipeError
+
+    def train_step(run: Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
+        if update.step == 2:
+            for name in ("stdout", "stderr", "__stderr__"):
+                patch.setattr(sys, name, Gone())
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, update)
+
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", train_step)
+        patch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "--output_dir", str(tmp_path / "run")])
+        with pytest.raises(errors.Stopped):
+            train.main()
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")] == ["step_000003"]
 
 
 def test_nothing_is_drawn_from_the_state_of_a_generator(
