@@ -63,10 +63,14 @@ def main() -> None:
             f"{'model and set':<34} {'tool':<13} {'precision':<10} {'batch':>5} {'WER':>8} {'changed':>8} "
             f"{'logits':>9} {'near-ties':>9}"
         )
-        for model in models:
-            for data_dir in arguments.data_dir:
-                compare(str(model), data_dir, arguments, accelerator, Path(folder))
+        differing = [
+            compare(str(model), data_dir, arguments, accelerator, Path(folder))
+            for model in models
+            for data_dir in arguments.data_dir
+        ]
     accelerator.end_training()
+    if any(differing):
+        sys.exit("in fp32 our own texts differ")
 
 
 def train_models(folder: Path, data_dir: str) -> list[Path]:
@@ -85,8 +89,9 @@ def train_models(folder: Path, data_dir: str) -> list[Path]:
     return models
 
 
-def compare(model: str, data_dir: str, arguments: argparse.Namespace, accelerator: object, folder: Path) -> None:
-    """The rows of one model on one set."""
+def compare(model: str, data_dir: str, arguments: argparse.Namespace, accelerator: object, folder: Path) -> int:
+    """The rows of one model on one set; returns how many of our own texts in fp32 differ."""
+    differing = 0
     config = EvaluateConfig(model_name_or_path=model, data_dir=data_dir, split=arguments.split)
     scorer = ModelScorer(config, accelerator)
     scorer.model.eval()
@@ -97,17 +102,18 @@ def compare(model: str, data_dir: str, arguments: argparse.Namespace, accelerato
         for precision, dtype in PRECISIONS.items():
             alone = None
             for size in BATCH_SIZES:
-                with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+                with torch.no_grad(), torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None):
                     outcome = score(scorer, rows, size)
                 alone = alone or outcome
-                print_row(name, tool, precision, size, outcome, alone, references)
-    print_two_processes(name, model, data_dir, arguments.split, folder)
+                changed = print_row(name, tool, precision, size, outcome, alone, references)
+                differing += changed if (tool, precision) == ("ours", "fp32") else 0
+    return differing + print_two_processes(name, model, data_dir, arguments.split, folder)
 
 
 def print_row(
     name: str, tool: str, precision: str, size: int, outcome: Outcome, alone: Outcome, references: dict[int, str]
-) -> None:
-    """One line of the table."""
+) -> int:
+    """One line of the table; returns how many texts differ from those at batch 1."""
     words = sum((count_word_errors(references[row], text) for row, text in outcome.hypotheses.items()), ErrorCounts())
     changed = sum(outcome.hypotheses[row] != alone.hypotheses[row] for row in references)
     largest = max(float(np.abs(outcome.logits[row] - alone.logits[row]).max(initial=0)) for row in references)
@@ -116,6 +122,7 @@ def print_row(
         f"{largest:>9.1e} {outcome.near_ties:>9}",
         flush=True,
     )
+    return changed
 
 
 def score_with_ours(scorer: ModelScorer, rows: np.ndarray, size: int) -> Outcome:
@@ -123,20 +130,22 @@ def score_with_ours(scorer: ModelScorer, rows: np.ndarray, size: int) -> Outcome
     outcome = Outcome({}, {}, 0)
     cut = CutSettings(0, 1, size)
     for batch in evaluation_loader(scorer.dataset, rows, scorer.collate, cut, num_workers=0):
-        logits_BTV, frame_lengths_B = scorer.model(batch.input_values_BS, batch.sample_lengths_B)
-        keep(outcome, scorer, batch.rows, logits_BTV.float(), frame_lengths_B)
+        waveforms_BS = batch.input_values_BS.to(scorer.accelerator.device)
+        logits_BTV, frame_lengths_B = scorer.model(waveforms_BS, batch.sample_lengths_B)
+        keep(outcome, scorer, batch.rows, logits_BTV.float().cpu(), frame_lengths_B)
     return outcome
 
 
 def score_with_transformers(scorer: ModelScorer, rows: np.ndarray, size: int) -> Outcome:
     """By the folder as transformers opens it, padded by its own processor."""
     name = scorer.config.model_name_or_path
-    model, processor = AutoModelForCTC.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
+    device = scorer.accelerator.device
+    model, processor = AutoModelForCTC.from_pretrained(name).eval().to(device), AutoProcessor.from_pretrained(name)
     outcome = Outcome({}, {}, 0)
     for chosen in _blocks(rows, size):
         audio = [scorer.dataset[int(row)].audio.astype(np.float32) / 32_768 for row in chosen]
         inputs = processor(audio, sampling_rate=SAMPLE_RATE_HZ, padding=True, return_tensors="pt")
-        logits_BTV = model(**inputs).logits.float()
+        logits_BTV = model(**inputs.to(device)).logits.float().cpu()
         config = model.config
         lengths_B = torch.tensor([num_frames(len(one), config.conv_kernel, config.conv_stride) for one in audio])
         keep(outcome, scorer, chosen, logits_BTV, lengths_B)
@@ -158,8 +167,8 @@ def keep(
         outcome.near_ties += int((top_BT2[index, :length, 0] - top_BT2[index, :length, 1] < 1e-4).sum())
 
 
-def print_two_processes(name: str, model: str, data_dir: str, split: str, folder: Path) -> None:
-    """evaluate.py alone and on two processes, over the whole set."""
+def print_two_processes(name: str, model: str, data_dir: str, split: str, folder: Path) -> int:
+    """evaluate.py alone and on two processes, over the whole set; returns how many rows differ."""
     tables = []
     for count in (1, 2):
         out = folder / f"evaluation_{count}"
@@ -171,6 +180,7 @@ def print_two_processes(name: str, model: str, data_dir: str, split: str, folder
             tables.append(list(csv.DictReader(file)))
     changed = sum(one != two for one, two in zip(*tables, strict=True))
     print(f"{name:<34} evaluate.py with 2 processes: {changed} of {len(tables[0])} rows differ from 1", flush=True)
+    return changed
 
 
 def _blocks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
