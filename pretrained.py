@@ -447,7 +447,8 @@ def save_model(loaded: LoadedModel, folder: Path | str) -> None:
     """Write weights and processor in Hugging Face format, as `pipeline("automatic-speech-recognition")` opens it."""
     assert len(loaded.processor.tokenizer) == loaded.model.hf.config.vocab_size
     with _quiet_transformers():
-        loaded.model.hf.save_pretrained(folder)
+        # By default the names are those of the checkpoint that it came from, such as weight_g (before torch 2).
+        loaded.model.hf.save_pretrained(folder, save_original_format=False)
         loaded.processor.save_pretrained(folder)
         # transformers 4 looks for the feature extractor in a file of its own.
         loaded.processor.feature_extractor.save_pretrained(folder)

@@ -11,9 +11,11 @@ so a tie of two labels that rounding turns is no difference.
 
 Status 0: all of it holds; 1: not, with one line of JSON on stdout that names each failed check.
 
-A clean process costs its imports, 5 to 10 s, and reads the weights twice. So it checks the first model that a process
-of training saves, and the one that it ends with; the saves between are read back where they were written, every byte
-(`check_written`). Dimensions: S samples, T frames, V vocabulary.
+A clean process costs 8 s with a tiny model, its imports, and 12 s and 3.4 GB with 315 million weights (two cores, no
+GPU). So it checks the first model that a process of training saves, and the one that it ends with; the saves between
+are read back where they were written, every byte, in less than a second (`check_written`).
+
+Dimensions: S samples, T frames, V vocabulary.
 """
 
 from errors import STATUS_DONE, STATUS_FAILED, RunFailed, UsageError, exit_status
@@ -85,10 +87,14 @@ def main() -> None:
         end_with_parent(signal.SIGKILL)
         ignore_stop_signals()
         _let_training_live()
-    failures = check_folder(Path(sys.argv[1]), Path(sys.argv[2]))
+    folder, probe = map(Path, sys.argv[1:])
+    for path in (folder, probe):
+        if not path.exists():
+            raise UsageError(f"{path} does not exist")
+    failures = check_folder(folder, probe)
     print(json.dumps([asdict(failure) for failure in failures], ensure_ascii=False), flush=True)
     if failures:
-        raise RunFailed(describe(Path(sys.argv[1]), failures))
+        raise RunFailed(describe(folder, failures))
 
 
 # --- In the run ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,18 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from architectures import GROUP, LAYER, tiny
+from architectures import (
+    GROUP,
+    LARGE_960H,
+    LAYER,
+    XLS_R_300M,
+    Architecture,
+    Settings,
+    no_texts,
+    shrink,
+    tiny,
+    write_published_like_checkpoint,
+)
 from conftest import REPOSITORY, check_in_this_process, training, write_recipe
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +37,7 @@ import train
 from data import Collator, Utterance
 from errors import RunFailed
 from metrics import ErrorCounts
-from pretrained import LoadedModel, save_model
+from pretrained import LoadedModel, load_model, save_model
 from roundtrip import check_opening, check_written, clean_environment, describe, write_probe
 from text import TextNormalizer
 
@@ -97,6 +108,21 @@ def test_labels_of_a_training_text_open_as_they_were_saved(tmp_path: Path) -> No
     loaded = tiny({"model_type": "wav2vec2", **LAYER, **LOUD}, vocabulary=str(vocabulary))
     loaded.processor.feature_extractor.do_normalize = False
     assert check_in_this_process(*save(loaded, tmp_path)) == []
+
+
+@pytest.mark.parametrize("weight_norm", ["weight_g", "parametrizations"])
+@pytest.mark.parametrize("architecture", [LARGE_960H, XLS_R_300M], ids=["english", "xlsr"])
+def test_what_came_from_a_published_checkpoint_opens(
+    architecture: Architecture, weight_norm: str, tmp_path: Path
+) -> None:
+    """Older checkpoints name two tensors as torch did before version 2; what is saved has the names in memory."""
+    write_published_like_checkpoint(tmp_path / "published", shrink(architecture), "safetensors", weight_norm)
+    settings = Settings(model_name_or_path=str(tmp_path / "published"), vocabulary="large_960h")
+    loaded = load_model(settings, no_texts)
+    folder, probe = save(loaded, tmp_path)
+    check_written(folder, loaded)
+    assert check_in_this_process(folder, probe) == []
+    assert load_file(folder / "model.safetensors").keys() == loaded.model.hf.state_dict().keys()
 
 
 # --- Damage --------------------------------------------------------------------------------------------------------
