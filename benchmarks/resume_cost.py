@@ -5,7 +5,7 @@
 A prepared set with that many utterances is made, each of a letter and next to no audio, since what counts is the index.
 The program is imported once and forked for every start; the clock runs from the fork to the end of the first update, so
 it covers the checks of the data, the preflight (from its cache) and a tiny model. Starts of the three kinds take turns,
-and each figure is the quickest of the repetitions. Beside them stands what it would cost to skip: loading and dropping
+and each figure is the least of the repetitions. Beside them stands what it would cost to skip: loading and dropping
 updates at the rate of the same loader, or a walk over the order of the epoch alone, as Accelerate's skip_first_batches
 takes it where a set can be indexed.
 """
@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,9 @@ UPDATES_SKIPPED = 2_000
 class Start:
     """Seconds from the fork to the end of the first update, and in its parts."""
 
-    total: float
+    wall: float
+    cpu: float
+    """Of the training process, which other work on the machine does not lengthen."""
     checkpoint: float
     """Reading, verifying and putting in place."""
     first_update: float
@@ -88,15 +90,13 @@ def main() -> None:
 
 def print_table(starts: dict[str, list[Start]]) -> None:
     """A line for each kind of start, and how they compare."""
-    print(f"{'seconds':<28}{'to the first update':>20}{'of it: checkpoint':>20}{'first update':>14}")
-    totals, loadings = [], []
-    for name, found in starts.items():
-        totals.append(min(one.total for one in found))
-        loadings.append(min(one.checkpoint for one in found))
-        print(f"{name:<28}{totals[-1]:>20.2f}{loadings[-1]:>20.3f}{min(one.first_update for one in found):>14.3f}")
-    fresh, shallow, deep = totals
-    print(f"deep / shallow resume: {deep / shallow:.3f}; deep resume / fresh start: {deep / fresh:.3f}")
-    print(f"a deep resume beyond a fresh start: {deep - fresh:+.2f} s, of it the checkpoint {loadings[2]:.3f} s")
+    print(f"{'seconds':<28}{'to the first update':>20}{'of CPU':>9}{'checkpoint':>12}{'first update':>14}")
+    best = {name: Start(*map(min, zip(*map(astuple, found), strict=True))) for name, found in starts.items()}
+    for name, one in best.items():
+        print(f"{name:<28}{one.wall:>20.2f}{one.cpu:>9.2f}{one.checkpoint:>12.3f}{one.first_update:>14.3f}")
+    fresh, shallow, deep = best.values()
+    print(f"deep / shallow resume: {deep.cpu / shallow.cpu:.3f} of CPU, {deep.wall / shallow.wall:.3f} by the clock")
+    print(f"deep resume / fresh start: {deep.cpu / fresh.cpu:.3f} of CPU, {deep.wall / fresh.wall:.3f} by the clock")
 
 
 def print_skipping(recipe: Path, run_dir: Path, deep_step: int) -> None:
@@ -186,7 +186,8 @@ def start(recipe: Path, run_dir: Path, is_resumed: bool) -> Start:
 
         def first_step(*arguments: object) -> None:
             step(*arguments)
-            send([time.monotonic(), seconds["checkpoint"], time.monotonic() - seconds["loop"]])
+            now = time.monotonic()
+            send([now, time.process_time(), seconds["checkpoint"], now - seconds["loop"]])
 
         train.train, train.train_step = timed_loop, first_step
         command(recipe, run_dir, *(["--resume_from_checkpoint", "last"] if is_resumed else []))
