@@ -39,6 +39,7 @@ from errors import RunFailed
 from metrics import ErrorCounts
 from pretrained import LoadedModel, load_model, save_model
 from roundtrip import check_opening, check_written, clean_environment, describe, write_probe
+from scoring import Evaluation
 from text import TextNormalizer
 
 # WavLM's own call of torch's attention; model.py silences it outside of pytest, which resets the filters.
@@ -367,10 +368,10 @@ def recipe(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     """Of a run that saves its model at steps 1 and 2 of 3."""
     original = train.evaluate
 
-    def evaluate(run: train.Run, dataset: object, rows: np.ndarray, description: str) -> train.Score:
-        score = original(run, dataset, rows, description)
-        wrong_words = {1: 9, 2: 5, 3: 7}[run.state.step]
-        return dataclasses.replace(score, words=ErrorCounts(substitutions=wrong_words, hits=1))
+    def evaluate(run: train.Run, dataset: object, rows: np.ndarray, description: str) -> Evaluation:
+        evaluation = original(run, dataset, rows, description)
+        wrong_words = ErrorCounts(substitutions={1: 9, 2: 5, 3: 7}[run.state.step], hits=1)
+        return dataclasses.replace(evaluation, score=dataclasses.replace(evaluation.score, words=wrong_words))
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     monkeypatch.setattr(run_module.runlog, "draw_training_curve", lambda *_: None)  # half a second each
