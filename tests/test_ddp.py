@@ -565,7 +565,7 @@ def test_a_model_that_does_not_open_stops_all_ranks(
     stopped = run_ranks(2, "run", "--config", recipe, failure=failure, status=1)
     assert stopped.statuses == [1, 1]
     assert "logits: different by 3 (at most 0.0001)" in stopped.stderr[0]
-    said = "[rank 1] failed: saving or checking model/ failed; the message of the first process says why\n"
+    said = "[rank 1] failed: the first process of the run has failed; its own message says why\n"
     assert stopped.stderr[1] == said
     assert [len(record["trained"]) for record in stopped.records] == [2, 2]
 
