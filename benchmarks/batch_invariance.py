@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import yaml
 from transformers import AutoModelForCTC, AutoProcessor
+from transformers.utils import logging
 
 from audio import SAMPLE_RATE_HZ
 from config import EvaluateConfig
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--max_eval_samples", type=int, default=100, help="of each set; fp16 is slow without a GPU")
     arguments = parser.parse_args()
     accelerator = start_processes([], "")
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         models = arguments.model_name_or_path or train_models(Path(folder), arguments.data_dir[0])
         print(
