@@ -78,8 +78,10 @@ def save_checkpoint(run_dir: Path, step: int, tensors: Mapping[str, torch.Tensor
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Take a checkpoint away; a kill leaves it there, or nothing that a resume would take for one."""
-    _remove_folder(folder)
+    """Take a checkpoint away, under another name first: a kill half-way leaves none that looks damaged."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    folder.rename(unfinished)
+    shutil.rmtree(unfinished)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -170,7 +172,7 @@ def prune_checkpoints(run_dir: Path, keep: int, report: Callable[[str], None] = 
         report(f"older checkpoints are kept, since {checkpoints[-1]} is damaged: {damage}")
         return
     for folder in checkpoints[:-keep]:
-        _remove_folder(folder)
+        remove_checkpoint(folder)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, State]:
@@ -278,13 +280,6 @@ def _describe_file(path: Path) -> dict[str, int | str]:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-def _remove_folder(folder: Path) -> None:
-    # Under another name first: a kill half-way must not leave something that looks like a damaged checkpoint.
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    folder.rename(unfinished)
-    shutil.rmtree(unfinished)
 
 
 def _remove_leftovers(checkpoints: Path) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -13,7 +12,6 @@ from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwa
 from torch import nn
 
 from errors import RunFailed, UsageError
-from stopping import end_with_parent
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 # Gradients travel in pieces of this many numbers (100 MB in fp32), which bounds the memory of the transport.
@@ -31,7 +29,6 @@ def start_processes(report_to: list[str], output_dir: str, ddp_timeout: int = 18
     Raises:
         UsageError: for settings that would be ignored, run slowly in silence, or let processes overwrite each other.
     """
-    _die_with_launcher()
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         raise UsageError(
@@ -202,9 +199,3 @@ def _use_all_cores() -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def _die_with_launcher() -> None:
-    """End with the launcher, which does not pass SIGTERM on."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        end_with_parent(signal.SIGTERM)

@@ -5,7 +5,7 @@ B: utterances of a batch, V: vocabulary, T: frames, N: utterances of the evaluat
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -132,6 +132,18 @@ def named_limits(name: str, interval: Interval) -> dict[str, float]:
     if math.isnan(interval.low):
         return {name: interval.rate}
     return {name: interval.rate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def limits_of(values: Mapping[str, float], name: str) -> tuple[float, float] | None:
+    """Of a rate among values that `named_limits` named; None where they are not known."""
+    low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+    return None if low is None or high is None else (low, high)
+
+
+def describe_limits(values: Mapping[str, float], name: str, digits: int = 2) -> str:
+    """` [low, high]` in percent, to stand behind the rate; nothing where they are not known."""
+    limits = limits_of(values, name)
+    return "" if limits is None else f" [{limits[0]:.{digits}%}, {limits[1]:.{digits}%}]"
 
 
 def _sum_scores(accelerator: Accelerator, score: Score) -> Score:

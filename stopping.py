@@ -31,9 +31,23 @@ class StopSignals:
         agreed: number of the signal that all ranks have agreed to stop for, 0 for none; set by the loop.
     """
 
-    def __init__(self, max_hours: float | None, started_at: float) -> None:
-        """Args: max_hours since `started_at`, a reading of time.monotonic(), after which the run stops by itself."""
+    def __init__(
+        self,
+        max_hours: float | None,
+        started_at: float,
+        promise: str = "finishing the update, then saving a checkpoint",
+        without: str = "without a new checkpoint, the last one is good",
+    ) -> None:
+        """A run that has not been asked to stop.
+
+        Args:
+            max_hours: since `started_at`, after which it stops by itself.
+            started_at: a reading of time.monotonic().
+            promise: what a request is answered with.
+            without: how it ends where that takes too long.
+        """
         self.agreed = 0
+        self._promise, self._without = promise, without
         self._stops_at = None if max_hours is None else started_at + 3600 * max_hours
         self._signal, self._signalled_at = 0, 0.0
         self._deadline: threading.Timer | None = None
@@ -72,7 +86,7 @@ class StopSignals:
                 raise KeyboardInterrupt
             return
         self._signal, self._signalled_at = int(number), now
-        _say(f"{signal.Signals(number).name}: finishing the update, then saving a checkpoint")
+        _say(f"{signal.Signals(number).name}: {self._promise}")
         if number != signal.SIGUSR1:  # which schedulers send minutes ahead
             self._deadline = threading.Timer(SECONDS_TO_STOP, self._give_up)
             self._deadline.daemon = True
@@ -80,7 +94,7 @@ class StopSignals:
 
     def _give_up(self) -> None:
         """An update, evaluation or save that takes too long is left where it is: what lies on the disk is whole."""
-        _say(f"not done within {SECONDS_TO_STOP} s: ending without a new checkpoint, the last one is good")
+        _say(f"not done within {SECONDS_TO_STOP} s: ending {self._without}")
         os._exit(130 if self._signal == signal.SIGINT else 143)
 
 
@@ -98,6 +112,12 @@ def end_with_parent(number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # It ended before the request was in place.
         os.kill(os.getpid(), number)
+
+
+def end_with_launcher() -> None:
+    """End with `accelerate launch`, which does not pass SIGTERM on (trap 26)."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        end_with_parent(signal.SIGTERM)
 
 
 def end_loaders() -> None:

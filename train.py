@@ -35,7 +35,7 @@ from progress import Progress, format_seconds
 from recovery import is_out_of_memory
 from run import Run, choose_beginning
 from schedule import learning_rate_at
-from scoring import OTHER_IS_OUT_OF_MEMORY, evaluate, rates, score_in_cuts
+from scoring import OTHER_IS_OUT_OF_MEMORY, describe_limits, evaluate, rates, score_in_cuts
 from slices import describe_slice
 from stopping import end_loaders
 
@@ -258,7 +258,7 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
         if name in results:
             before = results.get(f"{name.replace('best_', '')}_before")
             behind = f"   (before training {before:.2%})" if before is not None else ""
-            lines.append(f"  {meaning:<32} {results[name]:7.2%}{describe_interval(results, name)}{behind}")
+            lines.append(f"  {meaning:<32} {results[name]:7.2%}{describe_limits(results, name)}{behind}")
     folder = run.folder
     clip = Path(run.config.data_dir) / "demo_corpus" / run.test_set[0].id if is_demo and run.test_set else "CLIP.wav"
     return [
@@ -266,13 +266,6 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
         f"  log {folder / 'training_log.csv'}, plot {folder / 'training_curve.png'}, model {folder / 'model'}",
         f'use it: python -c "{"; ".join(card.usage(folder / "model", clip))}"',
     ]
-
-
-def describe_interval(results: dict[str, object], name: str) -> str:
-    """The interval of a rate behind it, where it has one."""
-    if f"{name}_low" not in results:
-        return ""
-    return f"  [{results[f'{name}_low']:.2%}, {results[f'{name}_high']:.2%}]"
 
 
 @contextlib.contextmanager

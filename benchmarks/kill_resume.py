@@ -116,7 +116,7 @@ FAILPOINTS = {
     "swap, damaged one aside": Failpoint(
         Path, "rename", "after", steps_aside, max_calls=1, needs_checkpoints=2, damages_newest=True
     ),
-    "retention": Failpoint(checkpoint, "_remove_folder", "before"),
+    "retention": Failpoint(checkpoint, "remove_checkpoint", "before"),
     "resume, log cut back": Failpoint(
         checkpoint, "load_checkpoint", "after", max_calls=1, on_every_rank=True, needs_checkpoints=1
     ),

@@ -21,7 +21,6 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, DynamoBackend
 
-import processes
 import roundtrip
 import train
 from audio import SAMPLE_RATE_HZ, Clip, measure
@@ -178,7 +177,6 @@ def training() -> Iterator[Callable[..., int]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "_die_with_launcher", lambda: None)  # The tests' own parent is no launcher.
         yield command
     torch.set_num_threads(threads)
 

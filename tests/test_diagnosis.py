@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import TINY_GROUP_NORM_MODEL, TINY_MODEL, make_rows, write_part, write_recipe
 
 import pretrained
-import processes
 import train
 from diagnosis import Facts, deaf_loss, diagnose, remark, token_collapse
 from errors import exit_status
@@ -102,10 +101,7 @@ def one_thread() -> Iterator[None]:
     """Before the fixture that trains: two threads wait for each other on a busy machine, a hundred times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        # The tests' own parent is no launcher.
-        patch.setattr(processes, "_die_with_launcher", lambda: None)
-        yield
+    yield
     torch.set_num_threads(threads)
 
 

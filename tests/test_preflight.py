@@ -18,7 +18,6 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import TINY_MODEL, make_rows, write_part, write_recipe
 
 import preflight
-import processes
 import scoring
 import train
 from data import BatchPlan, CutSettings, cut_update
@@ -31,7 +30,6 @@ from runlog import read_log
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accelerate keeps its state in singletons, which a process of the user has once."""
-    monkeypatch.setattr(processes, "_die_with_launcher", lambda: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -3,7 +3,9 @@
 import os
 import select
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +15,11 @@ from conftest import alone
 from torch import nn
 
 import processes
+import stopping
 from errors import UsageError
 from processes import SharedGradients, start_processes
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER_SETTINGS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")
 
 
@@ -30,7 +34,6 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
     for name in LAUNCHER_SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processes, "_die_with_launcher", lambda: None)
     monkeypatch.setattr(processes, "Accelerator", accelerator)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return made
@@ -109,6 +112,26 @@ def test_what_the_launcher_may_ask_for(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
+@pytest.mark.parametrize(("launched", "number"), [(True, signal.SIGTERM), (False, 0)])
+def test_the_launchers_end_is_watched_before_torch_is_imported(launched: bool, number: int) -> None:
+    """Imports take seconds, in which a launcher may be stopped too. Only a launched process ends with its parent."""
+    code = "import ctypes, sys, launched; found = ctypes.c_int(); "
+    code += "PR_GET_PDEATHSIG = 2; ctypes.CDLL(None).prctl(PR_GET_PDEATHSIG, ctypes.byref(found)); "
+    code += "print(found.value, 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {"ACCELERATE_MIXED_PRECISION": "no"} if launched else {}
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(int(number)), "False"], done.stderr
+    for program in ("train.py", "evaluate.py", "preflight.py"):
+        lines = (REPOSITORY / program).read_text().splitlines()
+        assert [line.split()[1] for line in lines if line.startswith(("import", "from"))][:3] == [
+            "errors",
+            "allocator",
+            "launched",
+        ]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's parent-death signal is Linux's")
 def test_a_process_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 26: SIGTERM to the launcher leaves train.py behind as an orphan."""
     monkeypatch.undo()
@@ -119,7 +142,7 @@ def test_a_process_ends_with_its_launcher(monkeypatch: pytest.MonkeyPatch) -> No
         told, ready = os.pipe()
         if os.fork() == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            processes._die_with_launcher()
+            stopping.end_with_launcher()
             os.write(ready, b"x")
             signal.alarm(60)  # Ends it if the test itself fails.
             while True:

@@ -85,8 +85,6 @@ def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accelerate keeps its state in singletons, which a process of the user has once."""
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name == "WORLD_SIZE"]:
         monkeypatch.delenv(name)
-    # The tests' own parent is no launcher.
-    monkeypatch.setattr(processes, "_die_with_launcher", lambda: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
