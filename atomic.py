@@ -1,12 +1,13 @@
 """Files and folders that are whole or absent, and room on the disk for them. Nothing here imports torch."""
 
 import contextlib
+import csv
 import errno
 import io
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,6 +51,21 @@ def write_atomically(
             unfinished.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def write_table(
+    path: Path, columns: Iterable[object], rows: Iterable[Iterable[object]], num_bytes: int | None = None
+) -> None:
+    """A CSV file, row by row, as `write_atomically` writes one."""
+
+    def write(file: BinaryIO) -> None:
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows(rows)
+        lines.detach()  # The file stays open for its owner.
+
+    write_atomically(path, write, num_bytes)
 
 
 def replace_folder(new: Path, target: Path) -> None:

@@ -18,6 +18,7 @@ from audio import SAMPLE_RATE_HZ
 from coverage import commonest
 from findings import percent
 from integrity import read_sealed
+from scoring import limits_of
 
 if TYPE_CHECKING:
     from run import Run
@@ -54,8 +55,8 @@ def write_card(folder: Path, run: "Run", results: Results, intervals: Intervals 
         RunFailed: disk full or not writable; an older card is as it was.
     """
     if intervals is None:
-        named = [name for name, _, _ in FIGURES if f"{name}_low" in results]
-        intervals = {name: (results[f"{name}_low"], results[f"{name}_high"]) for name in named}
+        found = ((name, limits_of(results, name)) for name, _, _ in FIGURES)
+        intervals = {name: limits for name, limits in found if limits is not None}
     write_atomically(folder / "README.md", model_card(run, results, intervals))
 
 

@@ -9,9 +9,8 @@ import numpy as np
 
 from errors import UsageError
 from intervals import Difference, Interval, rate_difference
-from metrics import COUNT_COLUMNS
 from results import Utterances
-from slices import error_intervals
+from slices import error_intervals, errors_and_lengths
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,8 @@ def compare(own: Utterances, other: Utterances) -> Comparison:
         )
     counts, other_counts = own.counts[pairs[:, 0]], other.counts[pairs[:, 1]]
     speakers = own.speakers[pairs[:, 0]]
-    half = len(COUNT_COLUMNS) // 2
-    differences = tuple(
-        rate_difference(theirs[:, :3].sum(1), ours[:, :3].sum(1), ours[:, 1:].sum(1), speakers)
-        for ours, theirs in zip(np.split(counts, [half], axis=1), np.split(other_counts, [half], axis=1), strict=True)
-    )
+    both = zip(errors_and_lengths(counts), errors_and_lengths(other_counts), strict=True)
+    differences = tuple(rate_difference(theirs, ours, lengths, speakers) for (ours, lengths), (theirs, _) in both)
     left_out = len(set(own.index) | set(other.index)) - len(pairs)
     return Comparison(
         len(pairs), left_out, error_intervals(other_counts, speakers), error_intervals(counts, speakers), differences

@@ -24,6 +24,8 @@ from audio import ClipError, ClipRequest, Measures
 from errors import UsageError
 
 SPLITS = ("train", "dev", "test")
+# Of dropped.csv and drop_list.csv.
+DROP_COLUMNS = ("split", "id", "reason", "detail")
 # Every reason of dropped.csv: what it means, and the remedy when it is the reason of most rows.
 DROP_REASONS = {
     "missing": ("no such file", "check the folder of the clips, or name it with --audio_root"),

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from audio import SAMPLE_RATE_HZ
+from audio import INT16_STEP, SAMPLE_RATE_HZ
 from errors import UsageError
 from integrity import (
     Damage,
@@ -37,7 +37,6 @@ from model import draw_masks, num_frames
 from stopping import ignore_stop_signals
 from text import TextNormalizer, Vocabulary
 
-INT16_SCALE = 1 / 32_768
 # Length-sorted inside windows of this many updates: padding of 2 to 3 %, and a new partition every epoch.
 UPDATES_PER_BUCKET = 64
 # Micro-batches by seconds are evened out to this share of the limit.
@@ -483,7 +482,7 @@ class Collator:
         )
 
     def _scale(self, audio: np.ndarray) -> np.ndarray:
-        samples = audio.astype(np.float32) * np.float32(INT16_SCALE)
+        samples = audio.astype(np.float32) * np.float32(INT16_STEP)
         if self.do_normalize:
             samples = (samples - samples.mean()) / np.sqrt(samples.var() + VARIANCE_FLOOR)
         return samples

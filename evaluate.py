@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,25 +35,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from atomic import nearest_existing, write_atomically
+from atomic import nearest_existing, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
 from cache import FactCache
 from comparison import compare
 from config import DEFAULT_CHARACTERS_TO_IGNORE, EvaluateConfig, TrainConfig, parse_arguments
 from data import Batch, Collator, CutSettings, ShardDataset, has_utterances
 from intervals import CONFIDENCE, share_of_units
-from memory import MemoryLimit
+from memory import MemoryLimit, limit_bytes
 from metrics import LetterCounts, TextScore
 from model import forward_with_loss
 from pretrained import find_checkpoint_folder, load_model
 from processes import RankStatus, describe_processes, main_first, start_processes
-from recovery import Cuts, release_memory
+from recovery import Cuts, failing_by_name, release_memory
 from results import (
     COMPARISON_FILE,
     DROPS_FILE,
     RESULTS_FILE,
     UTTERANCES_FILE,
     TextSpool,
+    Utterances,
     describe_letters,
     print_results,
     read_utterances,
@@ -60,25 +62,23 @@ from results import (
     write_results,
     write_utterances,
 )
-from scoring import Evaluation, evaluate, named_limits, rates
+from scoring import Evaluation, evaluate, named_limits
 from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
 from stopping import StopSignals, end_loaders
-from text import TextNormalizer, Vocabulary
+from text import RULES_FILE, TextNormalizer, Vocabulary
 from transcripts import measure_texts
 
-RULES_FILE = "text_rules.json"
 COMPARED_FOLDER = "compared"
+# What a request to stop is answered with, and how it ends where that takes too long.
+ANSWER_TO_STOP = ("ending behind this batch, earlier results are kept", "in the midst of a batch")
+OUT_OF_MEMORY_REMEDY = "lower --per_device_eval_batch_size, or set --max_batch_seconds"
 
 
 def main() -> None:
     """Score, compare, write, say."""
     config = parse_arguments(EvaluateConfig, sys.argv[1:], __doc__)
     folder = choose_results_folder(config)
-    other = Path(config.compare) if config.compare and (Path(config.compare) / UTTERANCES_FILE).is_file() else None
-    if other is not None:
-        if other.resolve() in (folder.resolve(), (folder / COMPARED_FOLDER).resolve()):
-            raise UsageError(f"--compare {other}: the new results would replace it; name another --output_dir")
-        read_utterances(other)  # What is wrong with it is said now.
+    other = read_compared(config, folder)
     accelerator = start_processes([], str(folder), config.ddp_timeout)
     try:
         if config.compare and other is None:
@@ -87,15 +87,30 @@ def main() -> None:
         rules = score_and_report(config, folder, accelerator)
         if config.compare and other is None:
             release_memory()
-            other = folder / COMPARED_FOLDER
             # Both are judged by the same texts; the case is each vocabulary's own.
             rules = {"characters_to_ignore": rules["characters_to_ignore"]}
-            score_and_report(replace(config, model_name_or_path=config.compare, **rules), other, accelerator)
-        if other is not None and accelerator.is_main_process:
+            compared = replace(config, model_name_or_path=config.compare, **rules)
+            score_and_report(compared, folder / COMPARED_FOLDER, accelerator)
+        if config.compare and accelerator.is_main_process:
+            other = read_utterances(folder / COMPARED_FOLDER) if other is None else other
             report_comparison(config, folder, other)
     finally:
         end_loaders()
         accelerator.end_training()
+
+
+def read_compared(config: EvaluateConfig, folder: Path) -> Utterances | None:
+    """The results that --compare names; None where it names a model, which is scored as well.
+
+    Raises:
+        UsageError: they are damaged, or lie where the new ones go.
+    """
+    other = Path(config.compare or "")
+    if not config.compare or not (other / UTTERANCES_FILE).is_file():
+        return None
+    if other.resolve() in (folder.resolve(), (folder / COMPARED_FOLDER).resolve()):
+        raise UsageError(f"--compare {other}: the new results would replace it; name another --output_dir")
+    return read_utterances(other)
 
 
 def choose_results_folder(config: EvaluateConfig) -> Path:
@@ -121,23 +136,29 @@ def choose_results_folder(config: EvaluateConfig) -> Path:
     return folder
 
 
-def begin_results(folder: Path) -> None:
-    """Make the folder; what an earlier evaluation left there does not belong to this one.
+def make_folder(folder: Path) -> None:
+    """Make sure, before anything is scored, that results can be written there.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: they cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The results say that a folder is complete: they go first and come last.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written ({error.strerror}): name another --output_dir") from error
+
+
+def clear_results(folder: Path) -> None:
+    """What an earlier evaluation left there does not belong to the new one; kept until that has something to write.
+
+    The results say that a folder is complete: they go first and come last.
+    """
+    with reporting_disk_errors(folder):
         for name in (RESULTS_FILE, COMPARISON_FILE, UTTERANCES_FILE, DROPS_FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / COMPARED_FOLDER).is_dir():
             shutil.rmtree(folder / COMPARED_FOLDER)
-        (folder / UTTERANCES_FILE).touch()
-        (folder / UTTERANCES_FILE).unlink()
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written ({error.strerror}): name another --output_dir") from error
 
 
 @dataclass(frozen=True)
@@ -157,7 +178,6 @@ class ModelScorer:
 
     def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
-        self.is_main = accelerator.is_main_process
         self.dataset = ShardDataset(Path(config.data_dir) / config.split)
         name = config.model_name_or_path
         settings = TrainConfig(model_name_or_path=name, vocabulary="model")
@@ -187,9 +207,10 @@ class ModelScorer:
             config.max_batch_seconds,
         )
         self.eval_cuts = Cuts("evaluation", "cut the clip, or use more memory", self._report)
+        limit_bytes(accelerator.device, config.memory_limit_mb)  # makes a GPU's allocator keep it
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
         self.status = RankStatus(accelerator, config.ddp_timeout)
-        self.stop = StopSignals(None, time.monotonic())
+        self.stop = StopSignals(None, time.monotonic(), *ANSWER_TO_STOP)
         self.num_workers = config.dataloader_num_workers
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -238,10 +259,9 @@ def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelera
     if config.max_eval_samples is not None and config.max_eval_samples < len(rows):
         rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
     breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)
-    if accelerator.is_main_process:
-        begin_results(folder)
+    scorer.status.by_first(accelerator.is_main_process, lambda: make_folder(folder))
     letters = LetterCounts()
-    with TextSpool() as spool, scorer.stop:
+    with TextSpool() as spool, scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY):
 
         def see(batch: Batch, texts: list[TextScore]) -> None:
             for row, reference, text in zip(batch.rows.tolist(), batch.texts, texts, strict=True):
@@ -257,12 +277,16 @@ def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelera
             "known_of_training": known,
             "letters": describe_letters(sum(gather_object([letters]), LetterCounts())),
         }
-        if accelerator.is_main_process:
+
+        def write() -> None:
+            clear_results(folder)
             write_utterances(folder / UTTERANCES_FILE, scorer.dataset, evaluation, spool)
             write_drops(folder / DROPS_FILE, config.split, dropped)
             write_results(folder, results)
             print_results(results)
             print(f"written to {folder}: {RESULTS_FILE}, {UTTERANCES_FILE}", flush=True)
+
+        scorer.status.by_first(accelerator.is_main_process, write)
     return scorer.rules
 
 
@@ -276,7 +300,7 @@ def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:
     if config.split == "train" or not has_utterances(train):
         return None, ""
     dataset, run = ShardDataset(train), Path(config.model_name_or_path).parent
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((run / "environment.json").read_text())["data_fingerprint"] == dataset.fingerprint:
             with (run / "drop_list.csv").open(encoding="utf-8", newline="") as file:
                 dropped = {row["id"] for row in csv.DictReader(file)}
@@ -293,7 +317,7 @@ def make_results(
     slices = breakdown.score(evaluation.counts)
     worst = worst_slice(slices, score.wer)
     sentences = share_of_units(evaluation.counts[:, :3].any(1), breakdown.speakers)
-    words, _ = error_intervals(evaluation.counts, breakdown.speakers)
+    words, characters = error_intervals(evaluation.counts, breakdown.speakers)
     return {
         "model": config.model_name_or_path,
         "data": f"{config.data_dir}/{config.split}",
@@ -301,7 +325,8 @@ def make_results(
         "utterances": score.utterances,
         "utterances_of_split": len(scorer.dataset),
         "seconds": float(scorer.dataset.num_samples[evaluation.rows].sum() / SAMPLE_RATE_HZ),
-        **rates(evaluation, breakdown.speakers),
+        **named_limits("wer", words),
+        **named_limits("cer", characters),
         "interval": {"confidence": CONFIDENCE, "unit": words.unit, "units": words.units},
         "raw_wer": score.raw_wer,
         "words": asdict(score.words),
@@ -320,9 +345,9 @@ def make_results(
     }
 
 
-def report_comparison(config: EvaluateConfig, folder: Path, other: Path) -> None:
+def report_comparison(config: EvaluateConfig, folder: Path, other: Utterances) -> None:
     """Both results side by side, on the screen and in comparison.json."""
-    found = compare(read_utterances(folder), read_utterances(other))
+    found = compare(read_utterances(folder), other)
     write_atomically(folder / COMPARISON_FILE, json.dumps(found.facts() | {"other": config.compare}, indent=1))
     print("\n".join(found.lines(config.compare, config.model_name_or_path)), flush=True)
 

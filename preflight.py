@@ -29,7 +29,6 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -55,6 +54,7 @@ from memory import (
 )
 from model import parameter_counts
 from processes import start_processes
+from progress import print_table
 from recovery import release_memory
 from selection import COUNT_CHECK, write_drop_list, write_suspects
 
@@ -66,7 +66,6 @@ BYTES_PER_WEIGHT = 4
 # Cutting an update takes 50 microseconds; so many of them tell what an epoch is like.
 UPDATES_CUT = 1_000
 # Of the table where no terminal says how wide it is.
-COLUMNS_WITHOUT_TERMINAL = 140
 VERDICT_STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
 
 
@@ -288,14 +287,11 @@ def _check_disk_of_run(assembly: "Assembly") -> Finding:
 def print_report(report: Report) -> None:
     """One screen on stdout: check, result, verdict, remedy."""
     print("\n".join(report.utterances), flush=True)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = COLUMNS_WITHOUT_TERMINAL
     table = Table("check", "result", "verdict", "remedy", box=box.SIMPLE_HEAD, pad_edge=False)
     for finding in report.findings:
         verdict = Text(finding.verdict, VERDICT_STYLES[finding.verdict])
         table.add_row(Text(finding.check), Text(finding.result), verdict, Text(finding.remedy))
-    console.print(table)
+    print_table(table)
 
 
 def write_report(folder: Path, report: Report, assembly: "Assembly") -> None:

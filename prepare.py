@@ -14,7 +14,6 @@ from errors import RunFailed, UsageError, exit_status
 # isort: split
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -28,16 +27,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from atomic import DISK_FULL, disk_full, format_bytes, free_bytes, sync_open_file, write_atomically
+from atomic import DISK_FULL, disk_full, format_bytes, free_bytes, sync_open_file, write_atomically, write_table
 from audio import RESAMPLING, SAMPLE_RATE_HZ, Clip, ClipError, ClipPool, ClipRequest
 from config import PrepareConfig, parse_arguments
-from corpora import DROP_REASONS, SPLITS, AudioLocator, Corpus, SourceRow, open_corpus
+from corpora import DROP_COLUMNS, DROP_REASONS, SPLITS, AudioLocator, Corpus, SourceRow, open_corpus
 from demo import make_demo_corpus
 from integrity import (
     SCHEMA_VERSION,
@@ -549,19 +548,15 @@ def _fingerprint(settings: dict) -> str:
 
 
 def _write_dropped(out: Path) -> None:
-    def write_rows(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        writer = csv.writer(text)
-        writer.writerow(("split", "id", "reason", "detail"))
-        for split in SPLITS:
-            for folder in part_folders(out, split):
-                for entry in read_sealed(folder / "part.json")["dropped"]:
-                    writer.writerow((split, entry["id"], entry["reason"], entry["detail"]))
-        text.detach()  # flushes, and leaves the file open
-
+    rows = (
+        (split, entry["id"], entry["reason"], entry["detail"])
+        for split in SPLITS
+        for folder in part_folders(out, split)
+        for entry in read_sealed(folder / "part.json")["dropped"]
+    )
     # The reasons stand in part.json too, in more words.
     num_bytes = sum((folder / "part.json").stat().st_size for split in SPLITS for folder in part_folders(out, split))
-    write_atomically(out / "dropped.csv", write_rows, num_bytes)
+    write_table(out / "dropped.csv", DROP_COLUMNS, rows, num_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
@@ -135,6 +135,21 @@ class RankStatus:
         except RuntimeError as error:
             raise RunFailed(f"another process of the run {describe_loss(error)}; its own message says why") from error
         return largest.tolist()
+
+    def by_first(self, is_first: bool, work: Callable[[], None]) -> None:
+        """Done by the first rank while the others wait for it.
+
+        Raises:
+            RunFailed, UsageError: it failed there; every rank ends.
+        """
+        failure = None
+        if is_first:
+            try:
+                work()
+            except (RunFailed, UsageError) as error:
+                failure = error
+        if self.worst(int(failure is not None)) != [0]:
+            raise failure or RunFailed("the first process of the run has failed; its own message says why")
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -9,8 +9,11 @@ from typing import ClassVar, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Table
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
+# Of tables where no terminal says how wide it is.
+COLUMNS_WITHOUT_TERMINAL = 140
 
 
 class Progress:
@@ -59,7 +62,7 @@ class Progress:
     def print(self, text: str) -> None:
         """Print a line above the bar on stdout; nothing on a disabled progress."""
         if self._bar is not None and sys.stdout.isatty():
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif self.enabled:
             say(text, sys.stdout)
 
@@ -88,6 +91,14 @@ class Progress:
             f"{self.description}: {self.done}/{self.total} ({share:.0%}), {self._status(note)}, "
             f"ETA {format_seconds(seconds_left)}"
         )
+
+
+def print_table(table: Table) -> None:
+    """Print on stdout, as wide as the terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = COLUMNS_WITHOUT_TERMINAL
+    console.print(table)
 
 
 def say(text: str, stream: TextIO) -> None:

@@ -14,7 +14,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from audio import SAMPLE_RATE_HZ
 from data import Batch
-from errors import RunFailed
+from errors import RunFailed, UsageError
+from processes import describe_loss, is_lost_process
 
 Result = TypeVar("Result")
 # What Accelerate's list lacks: libraries that fail to get their workspace.
@@ -106,3 +107,27 @@ def trim_memory() -> None:
         torch.cuda.empty_cache()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def failing_by_name(remedy: str) -> Iterator[None]:
+    """What goes wrong once the work has begun is a failed run (status 1), said by the rank that it happened to.
+
+    Args:
+        remedy: for memory that runs out elsewhere than in `Cuts`.
+
+    Raises:
+        RunFailed: for a damaged clip, a lost process, and memory that ran out.
+    """
+    try:
+        yield
+    except UsageError as error:
+        # DataLoader puts the trace of its worker before the message.
+        raise RunFailed(str(error).strip().splitlines()[-1].removeprefix("errors.UsageError: ")) from error
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, RunFailed) and is_lost_process(error):
+            raise RunFailed(f"another process of the run {describe_loss(error)}; its own message says why") from error
+        if isinstance(error, RunFailed) or not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise RunFailed(f"out of memory ({reason}): close other programs on the device, {remedy}") from error

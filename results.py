@@ -6,28 +6,29 @@ N: utterances of the evaluation.
 import array
 import csv
 import io
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from atomic import reporting_disk_errors, write_atomically
+from atomic import reporting_disk_errors, write_atomically, write_table
 from audio import SAMPLE_RATE_HZ
+from corpora import DROP_COLUMNS
 from data import ShardDataset
 from errors import UsageError
 from metrics import COUNT_COLUMNS, LetterCounts
 from processes import RankStatus
-from scoring import Evaluation
+from progress import print_table
+from scoring import Evaluation, describe_limits
 from slices import OWN_COLUMNS, corpus_name
 
 UTTERANCES_FILE = "utterances.csv"
@@ -39,8 +40,6 @@ TEXT_COLUMNS = ("id", "reference", "hypothesis", "seconds", "speaker")
 MIN_OCCURRENCES = 20
 LETTERS_SHOWN = 6
 RARE_LETTERS_SHOWN = 30
-# Of the tables where no terminal says how wide it is.
-COLUMNS_WITHOUT_TERMINAL = 120
 # Texts that travel from rank to rank at a time.
 TEXTS_PER_GATHER = 10_000
 
@@ -97,20 +96,15 @@ def write_utterances(path: Path, dataset: ShardDataset, evaluation: Evaluation, 
     names, own = ("id", "speaker", *extra), (*TEXT_COLUMNS, *COUNT_COLUMNS)
     seconds = dataset.num_samples / SAMPLE_RATE_HZ
 
-    def write(file: BinaryIO) -> None:
-        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow((*own, *(corpus_name(name, own) for name in extra)))
-        columns = zip(*(dataset.column(name) for name in names), strict=True)
-        of_rows = (values for values, is_wanted in zip(columns, wanted, strict=True) if is_wanted)
-        for values, counts, (row, reference, hypothesis) in zip(
+    columns = zip(*(dataset.column(name) for name in names), strict=True)
+    of_rows = itertools.compress(columns, wanted)
+    rows = (
+        (utterance_id, reference, hypothesis, f"{seconds[row]:.3f}", speaker, *counts, *others)
+        for (utterance_id, speaker, *others), counts, (row, reference, hypothesis) in zip(
             of_rows, evaluation.counts.tolist(), texts.sorted(), strict=True
-        ):
-            utterance_id, speaker, *others = values
-            table.writerow((utterance_id, reference, hypothesis, f"{seconds[row]:.3f}", speaker, *counts, *others))
-        lines.detach()  # The file stays open for its owner.
-
-    write_atomically(path, write)
+        )
+    )
+    write_table(path, (*own, *(corpus_name(name, own) for name in extra)), rows)
 
 
 @dataclass(frozen=True)
@@ -163,11 +157,7 @@ def write_drops(path: Path, split: str, dropped: list[tuple[str, str]]) -> None:
     """`split,id,reason,detail` of each utterance that --unknown drop_utterance has left out; no file without any."""
     path.unlink(missing_ok=True)
     if dropped:
-        lines = io.StringIO()
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow(("split", "id", "reason", "detail"))
-        table.writerows((split, name, "unknown_letters", letters) for name, letters in dropped)
-        write_atomically(path, lines.getvalue())
+        write_table(path, DROP_COLUMNS, ((split, name, "unknown_letters", letters) for name, letters in dropped))
 
 
 def describe_letters(letters: LetterCounts) -> dict[str, dict[str, float]]:
@@ -182,10 +172,7 @@ def print_results(results: dict[str, object]) -> None:
     """One screen on stdout: the figures, what they cover, the slices, the letters."""
     print("\n".join(_summary(results)), flush=True)
     if results["slices"]:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = COLUMNS_WITHOUT_TERMINAL
-        console.print(_slice_table(results["slices"]))
+        print_table(_slice_table(results["slices"]))
         print(_worst(results), flush=True)
     print("\n".join(_letters(results["letters"])), flush=True)
 
@@ -225,8 +212,7 @@ def _summary(results: dict[str, object]) -> list[str]:
 
 
 def _with_limits(results: dict[str, object], name: str) -> str:
-    rate, low, high = (results.get(f"{name}{part}") for part in ("", "_low", "_high"))
-    return f"{rate:.2%}" if low is None else f"{rate:.2%} [{low:.2%}, {high:.2%}]"
+    return f"{results[name]:.2%}{describe_limits(results, name)}"
 
 
 def _slice_table(slices: list[dict[str, object]]) -> Table:

@@ -40,7 +40,7 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer
 
 from atomic import format_bytes, write_atomically
-from audio import SAMPLE_RATE_HZ
+from audio import INT16_STEP, SAMPLE_RATE_HZ
 from checkpoint import check_tensors
 from metrics import greedy_decode
 from stopping import end_with_parent, ignore_stop_signals
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from pretrained import LoadedModel
 
 PROBE_FILE = "probe.safetensors"
-INT16_SCALE = 1 / 32_768
 # Of the largest logit, which counts as SMALLEST_SCALE at least. 315 million weights on one thread and on two differ by
 # 1.6e-6 of it; a GPU adds up in another order than the CPU of the clean process, and its error is not measured here.
 TOLERANCE_ON_CPU, TOLERANCE_ON_OTHERS = 1e-5, 1e-3
@@ -263,7 +262,7 @@ def _read_probe(path: Path) -> _Probe:
         audio, inputs, logits = (
             [file.get_tensor(f"{name}.{clip}") for clip in clips] for name in ("audio", "input", "logits")
         )
-    scaled = [samples_S.numpy().astype(np.float32) * np.float32(INT16_SCALE) for samples_S in audio]
+    scaled = [samples_S.numpy().astype(np.float32) * np.float32(INT16_STEP) for samples_S in audio]
     vocabulary = Vocabulary(**json.loads(facts["vocabulary"]))
     return _Probe(scaled, inputs, logits, vocabulary, float(facts["tolerance"]))
 

@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -42,10 +42,11 @@ from processes import describe_processes
 from progress import Progress, say
 from recovery import Cuts
 from schedule import learning_rate_at
-from scoring import Evaluation, rates
+from scoring import Evaluation, describe_limits, rates
 from selection import draw_subset
 from slices import Breakdown, describe_slice
 from stopping import StopSignals
+from text import RULES_FILE
 
 SAMPLES_SHOWN = 3
 LIMITS = ("eval_wer_low", "eval_wer_high")
@@ -253,7 +254,7 @@ class Run(Assembly):
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         has_changed = saved["run"]["identity"] != self.state.identity
-        self._by_first_rank(lambda: self._cut_back(has_changed))
+        self.status.by_first(self.is_main, lambda: self._cut_back(has_changed))
         self._adopt_best(has_changed)
 
     def _cut_back(self, has_changed: bool) -> None:
@@ -286,9 +287,11 @@ class Run(Assembly):
         """
         try:
             best = json.loads((self.folder / "model" / BEST_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            is_ahead = best["best_step"] > self.state.step
+            best = {name: best[name] for name in BEST_FIELDS}
+        except (OSError, ValueError, KeyError, TypeError):
             return
-        if best["best_step"] <= self.state.step:
+        if not is_ahead:
             return
         for name in best:
             setattr(self.state, name, getattr(RunState, name, []) if has_changed else best[name])
@@ -329,13 +332,15 @@ class Run(Assembly):
 
     def _describe_evaluations(self) -> str:
         """How often, on how much, and what share of the run that takes: known before the first night is lost to it."""
-        passes, always = self.evaluation_passes()
+        passes, always = self._evaluation_passes()
         cost = EVALUATION_COST * float(self.eval_set.num_samples[self.eval_rows].mean())  # of one dev clip
         evaluated = cost * len(self.eval_rows) * passes + EVALUATION_COST * always
         trained = float(self.plan.num_samples.mean()) * self.state.utterances_per_update * self.total_steps
         share = evaluated / (evaluated + trained)
         clips = f"{len(self.eval_rows):,} of {len(self.eval_set):,} clips"
-        said = f"{clips}, {passes} times{', and the test set' if always else ''}: about {share:.0%} of the run"
+        rest = [", and the test set"] if self.test_set is not None else []
+        rest += [", and all of dev at the end"] if self._scores_all_of_dev else []
+        said = f"{clips}, {passes} times{''.join(rest)}: about {share:.0%} of the run"
         if share < LARGE_EVALUATION or self.config.eval_split == "train":
             return said
         if len(self.eval_rows) == len(self.eval_set):
@@ -346,15 +351,20 @@ class Run(Assembly):
             return f"{said}; raise --eval_steps, or set --max_eval_samples"
         return f"{said}; --max_eval_samples {fewer} would make it 10%, and the best model is scored on all at the end"
 
-    def evaluation_passes(self) -> tuple[int, float]:
+    def _evaluation_passes(self) -> tuple[int, float]:
         """How often the dev rows are scored, and the samples of what else is: the test set, all of dev at the end."""
         before = int(self.head_fits)
         always = 0.0
         if self.test_set is not None:
             always += float(self.test_set.num_samples.sum(dtype=np.int64)) * (1 + before)
-        if self.config.eval_split == "dev" and len(self.eval_rows) < len(self.eval_set):
+        if self._scores_all_of_dev:
             always += float(self.eval_set.num_samples.sum(dtype=np.int64))
         return math.ceil(self.total_steps / self.config.eval_steps) + before, always
+
+    @property
+    def _scores_all_of_dev(self) -> bool:
+        """At the end, with the best model, where training looks at a subset."""
+        return self.config.eval_split == "dev" and len(self.eval_rows) < len(self.eval_set)
 
     def _check_disk(self) -> str:
         finding = preflight.check_disk(self.folder, preflight.disk_bytes(self))
@@ -418,7 +428,7 @@ class Run(Assembly):
             self.state.best_eval_wer, self.state.best_step = score.wer, self.state.step
             self.state.best_eval_limits = [values[name] for name in LIMITS if name in values]
             self.state.best_eval_cer = score.cer
-            self._by_first_rank(self._save_best)
+            self.status.by_first(self.is_main, self._save_best)
             if self._opened_step is None:  # on every rank: they must agree on what is still to be done
                 self._opened_step = self.state.best_step
 
@@ -498,7 +508,7 @@ class Run(Assembly):
             RunFailed: it is not what was saved.
         """
         if self._opened_step != self.state.best_step:
-            self._by_first_rank(self._open_best)
+            self.status.by_first(self.is_main, self._open_best)
 
     def write_results(self, results: dict[str, object]) -> None:
         """`train_results.json`, the mark of a finished run."""
@@ -601,7 +611,7 @@ class Run(Assembly):
                 save_model(self.loaded, temporary)
                 rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
                 text = json.dumps(rules, ensure_ascii=False, indent=1)
-                (temporary / "text_rules.json").write_text(text, encoding="utf-8")
+                (temporary / RULES_FILE).write_text(text, encoding="utf-8")
                 best = json.dumps({name: getattr(self.state, name) for name in BEST_FIELDS}, indent=1)
                 (temporary / BEST_FILE).write_text(best, encoding="utf-8")
                 card.write_card(temporary, self, self.training_results())
@@ -636,17 +646,6 @@ class Run(Assembly):
         probe = self.folder / roundtrip.PROBE_FILE
         roundtrip.check_opening(folder, probe)
         probe.unlink()
-
-    def _by_first_rank(self, work: Callable[[], None]) -> None:
-        """Done by the first rank while the others wait for it; where it fails, all of them end."""
-        failure = None
-        if self.is_main:
-            try:
-                work()
-            except (RunFailed, UsageError) as error:
-                failure = error
-        if self.status.worst(int(failure is not None)) != [0]:
-            raise failure or RunFailed("the first process of the run has failed; its own message says why")
 
     def _elapsed_seconds(self) -> float:
         return self.state.elapsed_seconds + time.monotonic() - self._started_at
@@ -747,7 +746,7 @@ def describe_row(row: dict[str, float], total_steps: int) -> str:
         parts.append(f"loss {row['train_loss']:.3f}, grad norm {row['grad_norm']:.2f}, lr {row['learning_rate']:.2e}")
         parts.append(f"{row['samples_per_second']:.1f} utterances/s")
     if "eval_wer" in row:
-        limits = f" [{row[LIMITS[0]]:.1%}, {row[LIMITS[1]]:.1%}]" if LIMITS[0] in row else ""
+        limits = describe_limits(row, "eval_wer", digits=1)
         parts.append(f"dev loss {row['eval_loss']:.3f}, WER {row['eval_wer']:.2%}{limits}, CER {row['eval_cer']:.2%}")
         parts.append(f"evaluated in {row['eval_runtime']:.1f} s")
     return ", ".join(parts)

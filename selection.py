@@ -3,20 +3,18 @@
 N: utterances of the training split.
 """
 
-import csv
-import io
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from atomic import write_atomically
+from atomic import write_table
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig
+from corpora import DROP_COLUMNS
 from data import ShardDataset
 from findings import Finding
 from model import num_frames
@@ -182,15 +180,8 @@ def write_suspects(path: Path, dataset: ShardDataset, selection: Selection) -> N
 
 
 def _write_list(path: Path, dataset: ShardDataset, entries: Iterator[tuple[str, tuple[str, str]]]) -> None:
-    def write(file: BinaryIO) -> None:
-        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        table = csv.writer(lines, lineterminator="\n")
-        table.writerow(("split", "id", "reason", "detail"))
-        for utterance_id, (reason, detail) in entries:
-            table.writerow((dataset.folder.name, utterance_id, reason, detail))
-        lines.detach()  # The file stays open for its owner.
-
-    write_atomically(path, write)
+    rows = ((dataset.folder.name, utterance_id, *why) for utterance_id, why in entries)
+    write_table(path, DROP_COLUMNS, rows)
 
 
 def _count_drops(reasons: np.ndarray, names: list[str]) -> Counter[str]:

@@ -244,7 +244,7 @@ class Breakdown:
         for grouping in self.groupings:
             for code, group in enumerate(grouping.groups):
                 inside = np.flatnonzero(grouping.codes == code)
-                words, characters = _errors_and_lengths(counts[inside])
+                words, characters = errors_and_lengths(counts[inside])
                 wer = rate_interval(*words, self.speakers[inside])
                 cer = float(characters[0].sum() / max(characters[1].sum(), 1))
                 slices.append(Slice(grouping.name, group, len(inside), wer, cer))
@@ -273,11 +273,11 @@ def draw_stratified(
 
 def error_intervals(counts: np.ndarray, speakers: np.ndarray) -> tuple[Interval, Interval]:
     """WER and CER with their intervals from the counts of N utterances, [N, 8], and their speakers' codes, [N]."""
-    words, characters = _errors_and_lengths(counts)
+    words, characters = errors_and_lengths(counts)
     return rate_interval(*words, speakers), rate_interval(*characters, speakers)
 
 
-def _errors_and_lengths(counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def errors_and_lengths(counts: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of the words and of the characters: errors and lengths of the references, [N] each."""
     for part in np.split(counts, 2, axis=1):
         yield part[:, :3].sum(1), part[:, 1:].sum(1)

@@ -31,6 +31,8 @@ LARGE_960H_VOCABULARY = {
 PAD_TOKENS = ("<pad>", "[PAD]")
 UNKNOWN_TOKENS = ("<unk>", "[UNK]")
 WORD_DELIMITER = "|"
+# In a model folder: case and characters to ignore, as in its training.
+RULES_FILE = "text_rules.json"
 
 # ’ ‘ ‛ ʼ ` ´ ′ ＇: what transcribers type where an apostrophe is meant.
 APOSTROPHE_VARIANTS = "\u2019\u2018\u201b\u02bc\u0060\u00b4\u2032\uff07"

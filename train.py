@@ -7,7 +7,7 @@ Debugging, without the launcher:   python train.py --config ... --max_train_samp
                                    --dataloader_num_workers 0
 """
 
-from errors import RunFailed, UsageError, exit_status
+from errors import RunFailed, exit_status
 
 # isort: split
 
@@ -16,11 +16,9 @@ import launched  # noqa: F401 - before torch
 
 # isort: split
 
-import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +28,9 @@ from accelerate import Accelerator
 import card
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, Update, evaluation_loader, training_loader
-from processes import describe_loss, is_lost_process, start_processes
+from processes import start_processes
 from progress import Progress, format_seconds
-from recovery import is_out_of_memory
+from recovery import failing_by_name
 from run import Run, choose_beginning
 from schedule import learning_rate_at
 from scoring import OTHER_IS_OUT_OF_MEMORY, describe_limits, evaluate, rates, score_in_cuts
@@ -42,6 +40,8 @@ from stopping import end_loaders
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 # How a rank's try at an update went; the worst of all ranks counts.
 DONE, TRIES_AGAIN, GIVES_UP = range(3)
+# Outside the passes through the model, which are done again in smaller cuts.
+OUT_OF_MEMORY_REMEDY = "give --gradient_checkpointing, or use a smaller model"
 # Groups of the slice `speaker_in_train`, and what the results call them.
 VOICES = {"yes": "seen", "no": "unseen"}
 
@@ -61,7 +61,7 @@ def main() -> None:
         if config.demo_corpus:
             prepare_demo(config, accelerator)
         run = Run(config, accelerator)
-        with failing_by_name(), run.stop:
+        with failing_by_name(OUT_OF_MEMORY_REMEDY), run.stop:
             train(run)
             finish(run)
     finally:
@@ -266,26 +266,6 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
         f"  log {folder / 'training_log.csv'}, plot {folder / 'training_curve.png'}, model {folder / 'model'}",
         f'use it: python -c "{"; ".join(card.usage(folder / "model", clip))}"',
     ]
-
-
-@contextlib.contextmanager
-def failing_by_name() -> Iterator[None]:
-    """Once the run has begun, what goes wrong is a failed run (status 1), said by the rank that it happened to."""
-    try:
-        yield
-    except UsageError as error:
-        # DataLoader puts the trace of its worker before the message.
-        raise RunFailed(str(error).strip().splitlines()[-1].removeprefix("errors.UsageError: ")) from error
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, RunFailed) and is_lost_process(error):
-            raise RunFailed(f"another process of the run {describe_loss(error)}; its own message says why") from error
-        if isinstance(error, RunFailed) or not is_out_of_memory(error):
-            raise
-        # Outside the passes through the model, which are done again in smaller cuts.
-        raise RunFailed(
-            f"out of memory ({str(error).strip().splitlines()[0]}): close other programs on the device, give "
-            "--gradient_checkpointing, or use a smaller model"
-        ) from error
 
 
 def prepare_demo(config: TrainConfig, accelerator: Accelerator) -> None:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import sys
 import tracemalloc
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, make_rows, write_part, write_recipe
 
 import evaluate
+import scoring
 import train
 from errors import exit_status
 from results import TextSpool
@@ -51,6 +54,12 @@ def command(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Com
         return exit_status(evaluate.main)
 
     return run
+
+
+@pytest.fixture
+def other(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model, to be changed."""
+    return shutil.copytree(model, tmp_path / "other")
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:
@@ -162,11 +171,9 @@ def test_a_subset_is_fixed_and_said(command: Command, tmp_path: Path, capsys: py
 
 
 def test_comparison_with_results_and_with_a_model(
-    command: Command, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    command: Command, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Another model: the same one, with letters swapped in its vocabulary."""
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
     labels = json.loads((other / "vocab.json").read_text())
     labels["a"], labels["b"] = labels["b"], labels["a"]
     (other / "vocab.json").write_text(json.dumps(labels))
@@ -188,10 +195,8 @@ def test_comparison_with_results_and_with_a_model(
 PARTS = ("insertions", "deletions", "substitutions")
 
 
-def test_the_other_model_is_judged_by_the_same_texts(command: Command, model: Path, tmp_path: Path) -> None:
+def test_the_other_model_is_judged_by_the_same_texts(command: Command, other: Path, tmp_path: Path) -> None:
     """A model of the hub has no text rules of its own: it gets those of the one that it is compared with."""
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
     (other / "text_rules.json").unlink()
     assert command("both", "--compare", other) == 0
     comparison = json.loads((tmp_path / "both" / "comparison.json").read_text())
@@ -209,6 +214,53 @@ def test_results_are_not_compared_with_what_replaced_them(
     assert command("first", "--compare", tmp_path / "first") == 2
     assert "the new results would replace it; name another --output_dir" in capsys.readouterr().err
     assert (tmp_path / "first" / "utterances.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_evaluation_that_is_stopped_leaves_the_earlier_results(
+    number: int, status: int, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    assert command("found") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "found").iterdir()}
+    score = scoring.score_in_cuts
+
+    def stop(*arguments: object) -> object:
+        os.kill(os.getpid(), number)
+        return score(*arguments)
+
+    monkeypatch.setattr(scoring, "score_in_cuts", stop)
+    assert command("found", "--unknown", "drop_character") == status
+    assert {path.name: path.read_bytes() for path in (tmp_path / "found").iterdir()} == before
+    said = capfd.readouterr().err
+    assert f"{number.name}: ending behind this batch, earlier results are kept" in said
+    assert "checkpoint" not in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_clip_is_a_failed_run_in_one_line(
+    workers: int, command: Command, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """Also when a loading process finds it, whose trace comes before the message."""
+    data = shutil.copytree(model.parents[1] / "data", tmp_path / "data")
+    path = data / "test" / "part_1" / "data.arrow"
+    content = bytearray(path.read_bytes())
+    place = content.index(make_rows(40, 3, ("ann", "cem"))[20][1].tobytes()[:2000])
+    content[place : place + 2000] = bytes(2000)
+    path.write_bytes(content)
+    assert command("found", "--data_dir", data, "--dataloader_num_workers", workers) == 1
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1].startswith("failed: ")
+    assert "part_1" in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_the_memory_limit_reaches_the_allocator(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nothing else keeps it."""
+    asked = []
+    monkeypatch.setattr(evaluate, "limit_bytes", lambda device, limit: asked.append((device.type, limit)))
+    assert command("found", "--memory_limit_mb", 50_000) == 0
+    assert asked == [("cpu", 50_000)]
 
 
 def test_what_training_heard_is_what_the_run_trained_on(
@@ -233,6 +285,7 @@ def test_what_training_heard_is_what_the_run_trained_on(
     voices = {one["group"]: one["utterances"] for one in expected if one["slice"] == "speaker_in_train"}
     assert voices.get("yes", 0) <= 20, "one training clip, so one voice"
     shutil.copytree(run / "model", tmp_path / "elsewhere" / "model")
+    (tmp_path / "elsewhere" / "environment.json").write_text("[]")  # another program's
     capsys.readouterr()
     arguments = ["evaluate.py", "--model_name_or_path", tmp_path / "elsewhere" / "model", "--data_dir", data_dir]
     monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
@@ -290,10 +343,8 @@ def test_wrong_use_is_refused_in_one_line(
 
 
 def test_a_damaged_folder_is_refused(
-    command: Command, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    command: Command, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
     (other / "text_rules.json").write_text('{"case": ')
     assert command("found", "--model_name_or_path", other) == 2
     assert "text_rules.json is damaged" in capsys.readouterr().err
@@ -304,12 +355,10 @@ def test_a_damaged_folder_is_refused(
 
 
 def test_a_model_that_cannot_write_yet_is_refused(
-    command: Command, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    command: Command, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    other = tmp_path / "other"
-    shutil.copytree(model, other)
     weights = load_file(other / "model.safetensors")
     kept = {name: value for name, value in weights.items() if not name.startswith("lm_head")}
     save_file(kept, other / "model.safetensors", metadata={"format": "pt"})

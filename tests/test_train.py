@@ -314,7 +314,11 @@ def test_a_subset_of_dev_while_training_and_all_of_it_at_the_end(
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=4, eval_steps=2, max_eval_samples=3)
     assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
     said = capsys.readouterr().out
-    assert re.search(r"^evaluation  3 of 5 clips, 2 times, and the test set: about \d+% of the run", said, re.M)
+    assert re.search(
+        r"^evaluation  3 of 5 clips, 2 times, and the test set, and all of dev at the end: about \d+% of the run",
+        said,
+        re.M,
+    )
     results = json.loads((tmp_path / "run" / "train_results.json").read_text())
     flags = ["--model_name_or_path", tmp_path / "run" / "model", "--data_dir", prepared, "--split", "dev"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
@@ -571,14 +575,15 @@ def test_transcripts_do_not_depend_on_the_batch(
         return score, texts
 
     monkeypatch.setattr(scoring, "score_one", score_one)
-    results = []
+    results, losses = [], []
     for size, seconds in ((1, None), (4, None), (32, None), (32, 2.5)):
         found.clear()
         run.eval_cut = CutSettings(0, 1, size, seconds)
         score = train.evaluate(run, run.train_set, np.arange(13), "").score
         results.append((dict(sorted(found.items())), score.words, score.characters, score.blank_frames, score.frames))
-        assert score.loss_sum == pytest.approx(score.loss_sum, rel=1e-5)
+        losses.append(score.loss_sum)
     assert all(result == results[0] for result in results)
+    assert losses == pytest.approx(losses[:1] * 4, rel=1e-5)
     assert len(results[0][0]) == 13
     assert len(set(results[0][0].values())) > 10
 
@@ -622,8 +627,9 @@ class Stopped(Exception):
     """The failure that a test asks for."""
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
-    """Let the function `name` of train.py fail at `step`."""
+@contextlib.contextmanager
+def stopped_at(name: str, step: int) -> Iterator[None]:
+    """Let the function `name` of train.py fail at `step`; the block must come to that."""
     original = getattr(train, name)
 
     def fail(run: Run, *arguments: object) -> object:
@@ -631,7 +637,9 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
             raise Stopped(name)
         return original(run, *arguments)
 
-    monkeypatch.setattr(train, name, fail)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, name, fail)
+        yield
 
 
 def test_resume_is_invisible(
@@ -648,8 +656,7 @@ def test_resume_is_invisible(
     flags = ["--config", recipe, "--output_dir", parts]
     stops = (("train_step", 4, None), ("evaluate", 8, 3), ("evaluate", 11, 6), ("evaluate_test", 11, 9))
     for function, step, resumed_at in stops:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-            stop_at(patch, function, step)
+        with stopped_at(function, step):
             command(*flags)
         if resumed_at is not None:
             assert f"step_{resumed_at:06d} at step {resumed_at} of 11" in capsys.readouterr().out
@@ -675,8 +682,7 @@ def test_resume_refuses_other_data_and_changes_nothing(
     write_part(tmp_path / "other" / "train" / "part_1", make_rows(13, seed=9))
     write_part(tmp_path / "other" / "dev" / "part_1", make_rows(5, seed=2))
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "train_step", 3)
+    with stopped_at("train_step", 3):
         command("--config", recipe, "--output_dir", tmp_path / "run")
     before = tree(tmp_path / "run")
     flags = ("--config", recipe, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "last")
@@ -720,15 +726,13 @@ def test_resume_anyway_goes_on_and_is_recorded(
     write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2, max_steps=6)
     begin = ("--config", "recipe.yaml", "--output_dir", "run")
     last = ("--resume_from_checkpoint", "last")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "train_step", 3)
+    with stopped_at("train_step", 3):
         command(*begin)
     assert command(*begin, *last, *flags) == 2
     assert f"different in {', '.join(changed)}: use the settings of run/config.yaml, --resume_anyway, or" in (
         capsys.readouterr().err
     )
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "train_step", 5)
+    with stopped_at("train_step", 5):
         command(*begin, *last, *flags, "--resume_anyway")
     assert f"resuming anyway, although different in {', '.join(changed)}" in capsys.readouterr().out
     assert command("--config", "run/config.yaml", *last) == 0
@@ -744,8 +748,7 @@ def test_model_of_another_shape_is_refused_anyway(
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
     flags = ("--config", recipe, "--output_dir", tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "train_step", 3)
+    with stopped_at("train_step", 3):
         command(*flags)
     before = tree(tmp_path / "run")
     resume = ("--resume_from_checkpoint", "last", "--resume_anyway", "--vocabulary", "large_960h", "--case", "upper")
@@ -780,8 +783,7 @@ def test_auto_begins_where_there_is_no_checkpoint(
     assert command("--config", recipe, "--output_dir", whole) == 0
     flags = ("--config", recipe, "--output_dir", found, "--resume_from_checkpoint", "auto")
     if leave is not leave_nothing:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-            stop_at(patch, "train_step", 1)
+        with stopped_at("train_step", 1):
             command(*flags)
         assert len(read_table(found / "training_log.csv")) == 1
         leave(found)
@@ -798,8 +800,7 @@ def test_auto_does_not_throw_damaged_checkpoints_away(
     whole, found = tmp_path / "whole", tmp_path / "found"
     assert command("--config", recipe, "--output_dir", whole) == 0
     flags = ("--config", recipe, "--output_dir", found, "--resume_from_checkpoint", "auto")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "train_step", 5)
+    with stopped_at("train_step", 5):
         command(*flags)
     for name in ("step_000002", "step_000004"):
         os.truncate(found / "checkpoints" / name / "tensors.safetensors", 100)
@@ -830,8 +831,7 @@ def test_poisoned_checkpoint_is_passed_over_or_refused(
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
     flags = ("--config", "recipe.yaml", "--output_dir", "run", "--resume_from_checkpoint", "auto")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "evaluate", 5)
+    with stopped_at("evaluate", 5):
         command(*flags)
     newest = Path("run/checkpoints/step_000004")
     torch.save(Poison(), newest / "tensors.safetensors")
@@ -861,8 +861,7 @@ def test_poisoned_best_model_ends_the_run_in_one_line(
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path / "recipe.yaml", prepared)
     flags = ("--config", "recipe.yaml", "--output_dir", "run", "--resume_from_checkpoint", "auto")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "evaluate_test", 5)
+    with stopped_at("evaluate_test", 5):
         command(*flags)
     torch.save(Poison(), "run/model/model.safetensors")
     assert command(*flags) == 1
@@ -927,6 +926,22 @@ def add(sums: list[float], name: str, count: float) -> list[float]:
 # Fields of the state that the two tests below this line do not change: a resume refuses another identity.
 REFUSED_FIELDS = {"identity"}
 POSITION_FIELDS = {"step": 8, "finished_step": 8, "utterances_per_update": 3}
+
+
+@pytest.mark.parametrize("content", ["[]", '{"best_step": "9"}', '{"best_step": 9}', "{"])
+def test_a_best_model_of_unknown_origin_is_replaced(
+    content: str, prepared: Path, tmp_path: Path, command: Callable[..., int]
+) -> None:
+    """Its notes are another version's, or damaged: the resumed run goes by its checkpoint alone."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2, eval_steps=2)
+    flags = ("--config", recipe, "--output_dir", tmp_path / "run")
+    with stopped_at("train_step", 4):
+        command(*flags)
+    (tmp_path / "run" / "model" / "best.json").write_text(content)
+    assert command(*flags, "--resume_from_checkpoint", "last") == 0
+    best = json.loads((tmp_path / "run" / "model" / "best.json").read_text())
+    results = json.loads((tmp_path / "run" / "train_results.json").read_text())
+    assert {name: results[name] for name in ("best_step", "best_eval_wer")}.items() <= best.items()
 
 
 def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: Callable[..., int]) -> None:
@@ -1274,8 +1289,7 @@ def test_overflow_of_the_loss_scaler_is_counted_and_steps_nothing(
     flags = ("--config", recipe, "--output_dir", tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", train_step)
-        with pytest.MonkeyPatch.context() as failing, pytest.raises(Stopped):
-            stop_at(failing, "train_step", 5)
+        with stopped_at("train_step", 5):
             command(*flags)
         assert command(*flags, "--resume_from_checkpoint", "last") == 0
     assert skipped_steps
@@ -1296,8 +1310,7 @@ def test_resume_with_a_loss_scaler_is_invisible(
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL, max_steps=16, save_steps=14)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command("--config", recipe, "--output_dir", whole) == 0
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "train_step", 15)
+    with stopped_at("train_step", 15):
         command("--config", recipe, "--output_dir", parts)
     state = checkpoint.load_state(parts / "checkpoints" / "step_000014")
     assert state["scaler"]["scale"] < 2.0**20
@@ -1453,8 +1466,7 @@ def test_command_that_the_refusal_names_resumes_the_run(
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
     flags = ("--config", recipe, "--output_dir", tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, "train_step", 3)
+    with stopped_at("train_step", 3):
         command(*flags)
     assert command(*flags) == 2
     printed = re.search(r"resume it with train.py (.*), or", capsys.readouterr().err)[1]
@@ -1473,8 +1485,7 @@ def test_training_ends_the_processes_on_every_path(
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
     assert command("--config", recipe, "--output_dir", tmp_path / "done") == 0
     assert command("--config", recipe, "--output_dir", tmp_path / "done") == 2
-    with pytest.raises(Stopped):
-        stop_at(monkeypatch, "train_step", 0)
+    with stopped_at("train_step", 0):
         command("--config", recipe, "--output_dir", tmp_path / "broken")
     assert len(ended) == 3
 
@@ -1551,8 +1562,7 @@ def test_resume_cuts_the_list_of_bad_batches_back(
     break_losses(monkeypatch, lambda step: step in (1, 3))
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2)
     assert command("--config", recipe, "--output_dir", tmp_path / "whole") == 0
-    with monkeypatch.context() as stopping, pytest.raises(Stopped):
-        stop_at(stopping, "evaluate_and_log", 5)
+    with stopped_at("evaluate_and_log", 5):
         command("--config", recipe, "--output_dir", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_000004")
     resume = ("--resume_from_checkpoint", "last")
