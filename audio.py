@@ -164,7 +164,7 @@ def read_clip(request: ClipRequest) -> Clip:
         raise ClipError("empty", "no samples")
     if not np.isfinite(signal_S).all():
         raise ClipError("not_finite", "NaN or infinite samples")
-    samples_S = _to_int16(resample(signal_S, rate))
+    samples_S = to_int16(resample(signal_S, rate))
     digest = hashlib.sha256(samples_S.astype("<i2", copy=False).tobytes()).hexdigest()
     return Clip(samples_S, measure(samples_S, signal_S), rate, digest)
 
@@ -175,21 +175,53 @@ def resample(signal_S: np.ndarray, rate_hz: int) -> np.ndarray:
     Raises:
         ClipError: undecodable, for a rate that shares no useful divisor with 16,000.
     """
+    return np.concatenate([np.zeros(0, np.float32), *resample_blocks([signal_S], rate_hz)])
+
+
+def resample_blocks(blocks: Iterable[np.ndarray], rate_hz: int) -> Iterator[np.ndarray]:
+    """A signal that comes in blocks, float32 [S] each, at 16 kHz: what `resample` makes of the whole, piece by piece.
+
+    Raises:
+        ClipError: as `resample`.
+    """
     if rate_hz == SAMPLE_RATE_HZ:
-        return signal_S
+        yield from blocks
+        return
+    kernel_P1K, width, source_step = _resampling_kernel(rate_hz)
+    reach = kernel_P1K.shape[2]
+    waiting_S, given, made = np.zeros(width, np.float32), 0, 0
+    for block_S in blocks:
+        given += len(block_S)
+        waiting_S = np.concatenate([waiting_S, block_S])
+        while len(waiting_S) >= (FRAMES_AT_ONCE - 1) * source_step + reach:
+            yield _filter(waiting_S[: (FRAMES_AT_ONCE - 1) * source_step + reach], kernel_P1K, source_step)
+            made += FRAMES_AT_ONCE * len(kernel_P1K)
+            waiting_S = waiting_S[FRAMES_AT_ONCE * source_step :]
+    left = -(-given * SAMPLE_RATE_HZ // rate_hz) - made
+    if left > 0:
+        # As far as the last sample that is wanted looks.
+        steps = -(-left // len(kernel_P1K))
+        missing = (steps - 1) * source_step + reach - len(waiting_S)
+        yield from _last_pieces(np.pad(waiting_S, (0, max(missing, 0))), kernel_P1K, source_step, left)
+
+
+def _last_pieces(
+    waiting_S: np.ndarray, kernel_P1K: "torch.Tensor", source_step: int, left: int
+) -> Iterator[np.ndarray]:
+    while left > 0:
+        steps = min(FRAMES_AT_ONCE, -(-left // len(kernel_P1K)))
+        piece_S = _filter(waiting_S[: (steps - 1) * source_step + kernel_P1K.shape[2]], kernel_P1K, source_step)
+        yield piece_S[:left]
+        left -= len(piece_S)
+        waiting_S = waiting_S[steps * source_step :]
+
+
+def _filter(signal_S: np.ndarray, kernel_P1K: "torch.Tensor", source_step: int) -> np.ndarray:
     import torch
 
-    kernel_P1K, width, source_step = _resampling_kernel(rate_hz)
-    num_blocks = len(signal_S) // source_step + 1
-    padded_S = torch.nn.functional.pad(torch.from_numpy(signal_S), (width, width + source_step))
-    pieces = []
     with torch.inference_mode():
-        for first in range(0, num_blocks, FRAMES_AT_ONCE):
-            last = min(first + FRAMES_AT_ONCE, num_blocks) - 1
-            piece_S = padded_S[first * source_step : last * source_step + kernel_P1K.shape[2]]
-            blocks_PF = torch.nn.functional.conv1d(piece_S[None], kernel_P1K, stride=source_step)
-            pieces.append(blocks_PF.T.reshape(-1).numpy())
-    return np.concatenate(pieces)[: -(-len(signal_S) * SAMPLE_RATE_HZ // rate_hz)]
+        blocks_PF = torch.nn.functional.conv1d(torch.from_numpy(signal_S)[None], kernel_P1K, stride=source_step)
+    return blocks_PF.T.reshape(-1).numpy()
 
 
 def measure(samples_S: np.ndarray, decoded_S: np.ndarray | None = None) -> Measures:
@@ -416,14 +448,14 @@ def _read_mono(file: soundfile.SoundFile, request: ClipRequest) -> np.ndarray:
     if wanted - count > SEGMENT_TOLERANCE_SECONDS * rate and wanted != math.inf:
         found = f"{request.offset_seconds:g} s + {request.duration_seconds:g} s ends after the file"
         raise ClipError("bad_segment", f"{found}, at {(first + count) / rate:.2f} s")
-    frames = _declared_frames(file)
+    frames = declared_frames(file)
     if wanted == math.inf and count and SEGMENT_TOLERANCE_SECONDS * rate < frames - first - count < longest:
         # Half a clip under a whole transcript would teach (and score) deletions.
         raise ClipError("undecodable", f"breaks off at {count / rate:.2f} s of {(frames - first) / rate:.2f} s")
     return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
 
 
-def _declared_frames(file: soundfile.SoundFile) -> int:
+def declared_frames(file: soundfile.SoundFile) -> int:
     """Frames that the header promises: of a PCM file that breaks off libsndfile keeps the figure in its log alone."""
     shortened = SHORTENED.search(file.extra_info)
     if shortened is None:
@@ -432,7 +464,8 @@ def _declared_frames(file: soundfile.SoundFile) -> int:
     return file.frames if declared >= STREAMED_BYTES or not found else round(file.frames * declared / found)
 
 
-def _to_int16(signal_S: np.ndarray) -> np.ndarray:
+def to_int16(signal_S: np.ndarray) -> np.ndarray:
+    """float32 [S], full scale 1, to the nearest int16 [S]; what lies beyond full scale is cut off."""
     scaled = np.rint(signal_S * np.float32(INT16_FULL_SCALE))
     return np.clip(scaled, -INT16_FULL_SCALE, INT16_FULL_SCALE - 1).astype(np.int16)
 

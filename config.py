@@ -19,7 +19,7 @@ import typing
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -27,6 +27,8 @@ from errors import UsageError
 
 Config = TypeVar("Config")
 SEED_LIMIT = 2**32
+# Attention takes memory with the square of a window.
+MAX_CHUNK_SECONDS = 120.0
 # The English seed's list, field-notes section 4.
 DEFAULT_CHARACTERS_TO_IGNORE = ',?.!-;:"'
 # A flag that says otherwise than the YAML file under another name.
@@ -317,6 +319,49 @@ class EvaluateConfig:
         return found
 
 
+@dataclass(frozen=True)
+class TranscribeConfig:
+    """Settings of transcribe.py."""
+
+    positional: ClassVar[str] = "audio"
+
+    audio: list[str] = dataclasses.field(default_factory=list)
+    """Files, folders, patterns (`'clips/*.mp3'`), or - for stdin."""
+    model_name_or_path: str = ""
+    """Fine-tuned model: RUN/model, another folder, or a name on the Hugging Face hub."""
+    format: Literal["txt", "json", "srt", "vtt", "ctm", "all"] = "txt"
+    """`json` and `ctm` have the time and confidence of every word, `srt` and `vtt` are subtitles; `all` needs
+    --output_dir."""
+    output_dir: str | None = None
+    """Folder for a transcript per file, named as the file; on stdout when not given."""
+    chunk_length_s: float = 30.0
+    """Length of the windows that a longer recording is read in, seconds."""
+    stride_length_s: float = 4.0
+    """What a window hears of its neighbours on each side, seconds."""
+    per_device_eval_batch_size: int = 8
+    """Windows or short files per batch at most; has no influence on the result."""
+    max_batch_seconds: float = 30.0
+    """Padded seconds of audio per batch; a GPU takes more, and is faster with it."""
+    memory_limit_mb: float | None = None
+    """Megabytes (10^6 bytes) that the process may use; all that is free when not given."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        needed = {"model_name_or_path": "a fine-tuned model", "audio": "files, folders, or - for stdin"}
+        found = [f"--{name} is missing: name {meaning}" for name, meaning in needed.items() if not getattr(self, name)]
+        if self.per_device_eval_batch_size < 1:
+            found.append(f"--per_device_eval_batch_size is {self.per_device_eval_batch_size}, at least 1 is needed")
+        for name in ("max_batch_seconds", "memory_limit_mb", "stride_length_s"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
+        if not 4 * self.stride_length_s <= self.chunk_length_s <= MAX_CHUNK_SECONDS:
+            found.append(
+                f"--chunk_length_s is {self.chunk_length_s:g}, it must lie between four times --stride_length_s "
+                f"({self.stride_length_s:g}) and {MAX_CHUNK_SECONDS:g}"
+            )
+        return found
+
+
 def parse_arguments(config_class: type[Config], arguments: list[str], description: str) -> Config:
     """The settings of one command: defaults, then the YAML file of `--config`, then flags.
 
@@ -328,6 +373,12 @@ def parse_arguments(config_class: type[Config], arguments: list[str], descriptio
     flags = {name: value for name, value in vars(given).items() if value is not None}
     config_path = flags.pop("config", None)
     known = [field.name for field in dataclasses.fields(config_class)]
+    positional = getattr(config_class, "positional", None)
+    if positional is not None:
+        words = [argument for argument in unknown if not argument.startswith("-") or argument == "-"]
+        unknown = [argument for argument in unknown if argument not in words]
+        if words:
+            flags[positional] = [*flags.get(positional, []), *words]
     errors = [_unknown_name(argument, known) for argument in unknown if argument.startswith("-")]
     if not errors and unknown:
         errors = [f"{unknown[0]!r} belongs to no flag"]
@@ -381,7 +432,8 @@ def _build_parser(config_class: type, description: str) -> argparse.ArgumentPars
             parser.add_argument(
                 f"--no_{field.name}", dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS
             )
-        parser.add_argument(f"--{field.name}", **options)
+        is_positional = field.name == getattr(config_class, "positional", None)
+        parser.add_argument(field.name if is_positional else f"--{field.name}", **options)
     # argparse's own complaints (a flag without its value) become one line like every other error.
     parser.error = _raise_usage_error
     return parser

@@ -929,19 +929,20 @@ POSITION_FIELDS = {"step": 8, "finished_step": 8, "utterances_per_update": 3}
 
 
 @pytest.mark.parametrize("content", ["[]", '{"best_step": "9"}', '{"best_step": 9}', "{"])
-def test_a_best_model_of_unknown_origin_is_replaced(
+def test_notes_of_the_best_model_that_cannot_be_read_are_passed_over(
     content: str, prepared: Path, tmp_path: Path, command: Callable[..., int]
 ) -> None:
-    """Its notes are another version's, or damaged: the resumed run goes by its checkpoint alone."""
+    """Another version's, or damaged: the resumed run goes by its checkpoint alone."""
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, save_steps=2, eval_steps=2)
     flags = ("--config", recipe, "--output_dir", tmp_path / "run")
     with stopped_at("train_step", 4):
         command(*flags)
+    saved = checkpoint.load_state(tmp_path / "run" / "checkpoints" / "step_000004")["run"]
     (tmp_path / "run" / "model" / "best.json").write_text(content)
     assert command(*flags, "--resume_from_checkpoint", "last") == 0
-    best = json.loads((tmp_path / "run" / "model" / "best.json").read_text())
     results = json.loads((tmp_path / "run" / "train_results.json").read_text())
-    assert {name: results[name] for name in ("best_step", "best_eval_wer")}.items() <= best.items()
+    assert results["best_step"] in (saved["best_step"], 6, 7), "that of the checkpoint, or a later one"
+    assert results["best_eval_wer"] <= saved["best_eval_wer"]
 
 
 def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: Callable[..., int]) -> None:

@@ -1,0 +1,141 @@
+"""Audio files of any length: decoded block by block onto the disk, read back as the stretches that are asked for.
+
+S: samples.
+"""
+
+import contextlib
+import glob
+import io
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from atomic import reporting_disk_errors
+from audio import SAMPLE_RATE_HZ, SEGMENT_TOLERANCE_SECONDS, ClipError, declared_frames, resample_blocks, to_int16
+
+# Of the formats that libsndfile reads, those that hold speech in the field.
+AUDIO_SUFFIXES = frozenset({".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"})
+STDIN = "-"
+STDIN_NAME = "stdin"
+BLOCK_SECONDS = 60
+INT16_BYTES = 2
+# SF_COUNT_MAX, which libsndfile gives for a stream without a length (sndfile.h).
+UNKNOWN_LENGTH = 2**63 - 1
+
+
+class Recording:
+    """One file as 16 kHz mono int16, whose samples lie in a temporary file: an hour of it takes 115 MB of disk.
+
+    A context manager.
+
+    Attributes:
+        name: as the user gave it.
+        num_samples: at 16 kHz.
+        shortfall_seconds: what its header promises and the file does not hold; 0 where it is whole.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Decode a file, or what stands on stdin for `-`.
+
+        Raises:
+            ClipError: missing, undecodable, empty or not_finite.
+            RunFailed: no room for the samples in the temporary folder.
+        """
+        self.name = STDIN_NAME if name == STDIN else name
+        self.num_samples, self.shortfall_seconds = 0, 0.0
+        self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed with the recording
+        try:
+            self._decode(name)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "Recording":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.num_samples / SAMPLE_RATE_HZ
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Samples start .. stop, int16 [S]."""
+        self._file.seek(start * INT16_BYTES)
+        return np.frombuffer(self._file.read((stop - start) * INT16_BYTES), np.int16)
+
+    def _decode(self, name: str) -> None:
+        try:
+            with contextlib.ExitStack() as stack, soundfile.SoundFile(_open(name, stack)) as file:
+                for block_S in resample_blocks(self._mono_blocks(file), file.samplerate):
+                    self._store(to_int16(block_S))
+        except FileNotFoundError:
+            raise ClipError("missing", "no such file") from None
+        except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:
+            # TypeError: soundfile takes names such as x.raw for headerless audio.
+            raise ClipError("undecodable", " ".join(str(error).split()) or type(error).__name__) from None
+        if not self.num_samples:
+            raise ClipError("empty", "no samples")
+
+    def _mono_blocks(self, file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+        """float32 [S] at the file's rate; the length in a header is not to be trusted."""
+        count = 0
+        while len(block_SC := file.read(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)):
+            if not np.isfinite(block_SC).all():
+                raise ClipError("not_finite", f"NaN or infinite samples behind {count / file.samplerate:.0f} s")
+            count += len(block_SC)
+            yield block_SC.mean(axis=1) if block_SC.shape[1] > 1 else np.ascontiguousarray(block_SC[:, 0])
+        shortfall = (declared_frames(file) - count) / file.samplerate
+        if shortfall > SEGMENT_TOLERANCE_SECONDS and declared_frames(file) < UNKNOWN_LENGTH:
+            self.shortfall_seconds = shortfall
+
+    def _store(self, samples_S: np.ndarray) -> None:
+        with reporting_disk_errors(Path(tempfile.gettempdir()), samples_S.nbytes):
+            self._file.write(samples_S.tobytes())
+        self.num_samples += len(samples_S)
+
+
+def find_recordings(arguments: Sequence[str]) -> list[str]:
+    """Files, folders (all audio inside, by name) and patterns as a list of files, each once; `-` is stdin.
+
+    A name that is none of these stays: opening it says that it is missing.
+    """
+    found: dict[str, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if argument == STDIN or path.is_file():
+            names = [argument]
+        elif path.is_dir():
+            names = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+        else:
+            names = sorted(glob.glob(argument, recursive=True)) or [argument]  # noqa: PTH207 - patterns may be absolute
+        found |= dict.fromkeys(names)
+    return list(found)
+
+
+def header_seconds(name: str) -> float:
+    """What a file says of its length, to batch files of like length; 0 where it says nothing."""
+    try:
+        info = soundfile.info(name)
+    except (soundfile.SoundFileError, OSError, TypeError):
+        return 0.0
+    return info.frames / info.samplerate
+
+
+def _open(name: str, stack: contextlib.ExitStack) -> str | io.BufferedIOBase:
+    if name != STDIN:
+        Path(name).open("rb").close()  # names the trouble, where libsndfile says "System error"
+        return name
+    # Most formats are read with jumps, which a pipe does not allow.
+    copy = stack.enter_context(tempfile.TemporaryFile("w+b"))  # noqa: SIM115 - closed with the stack
+    with reporting_disk_errors(Path(tempfile.gettempdir())):
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+    copy.seek(0)
+    return copy

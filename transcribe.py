@@ -1,0 +1,159 @@
+"""Audio to text: files, folders, patterns and stdin, of any length.
+
+    python transcribe.py --model_name_or_path runs/en/model interview.mp3
+    python transcribe.py --model_name_or_path runs/en/model --format srt --output_dir subtitles recordings/ 'more/*.wav'
+    ffmpeg -i film.mp4 -f wav - | python transcribe.py --model_name_or_path runs/en/model -
+
+Long recordings pass through the model in overlapping windows that are joined where nothing is said; memory does not
+grow with their length. A file that cannot be read is named and left out, and the status is 1.
+"""
+
+from errors import RunFailed, UsageError, exit_status
+
+# isort: split
+
+import allocator  # noqa: F401 - before torch
+
+# isort: split
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from atomic import write_atomically
+from audio import ClipError
+from config import TranscribeConfig, parse_arguments
+from progress import Progress, say
+from recognition import Recogniser
+from recording import Recording, find_recordings, header_seconds
+from recovery import failing_by_name
+from subtitles import FORMATS, Transcript
+
+# Files are batched by length among as many as this; their texts come in the order of the names.
+GROUP_SECONDS = 900.0
+OUT_OF_MEMORY_REMEDY = "lower --max_batch_seconds, or --chunk_length_s"
+
+Opened = tuple[str, Recording | ClipError]
+
+
+def main() -> None:
+    """Parse, read, write."""
+    config = parse_arguments(TranscribeConfig, sys.argv[1:], __doc__)
+    names = find_recordings(config.audio)
+    if not names:
+        raise UsageError(f"{', '.join(config.audio)}: no audio file in it")
+    formats = list(FORMATS) if config.format == "all" else [config.format]
+    outputs = plan_outputs(names, config.audio, config.output_dir, formats)
+    recogniser = Recogniser(config)
+    failed: list[str] = []
+    with failing_by_name(OUT_OF_MEMORY_REMEDY):
+        transcribe(recogniser, names, outputs, formats, failed)
+    if failed:
+        raise RunFailed(f"{len(failed)} of {len(names)} files without a whole transcript: {', '.join(failed)}")
+
+
+def plan_outputs(
+    names: Sequence[str], arguments: Sequence[str], output_dir: str | None, formats: Sequence[str]
+) -> dict[str, dict[str, Path]]:
+    """Where each file's transcript goes, by format; empty without --output_dir.
+
+    Files of a folder keep their places below it; files of one stem (a.wav, a.mp3) keep their suffix.
+
+    Raises:
+        UsageError: subtitles of several files would run into each other; two files would share one transcript.
+    """
+    if output_dir is None:
+        if len(formats) > 1 or (len(names) > 1 and formats[0] in ("srt", "vtt")):
+            raise UsageError(f"{len(names)} files as {', '.join(formats)} need --output_dir, a file for each")
+        return {}
+    folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]
+    places = [_place_of(name, folders) for name in names]
+    stems = [place.with_suffix("") for place in places]
+    bases = [place if stems.count(stem) > 1 else stem for place, stem in zip(places, stems, strict=True)]
+    twice = sorted(str(base) for base in set(bases) if bases.count(base) > 1)
+    if twice:
+        raise UsageError(f"{bases.count(Path(twice[0]))} of the files are called {twice[0]}: transcribe one by one")
+    return {
+        name: {kind: Path(output_dir) / f"{base}.{kind}" for kind in formats}
+        for name, base in zip(names, bases, strict=True)
+    }
+
+
+def _place_of(name: str, folders: Sequence[Path]) -> Path:
+    inside = [folder for folder in folders if Path(name).is_relative_to(folder)]
+    return Path(name).relative_to(inside[0]) if inside else Path("stdin" if name == "-" else Path(name).name)
+
+
+def transcribe(
+    recogniser: Recogniser, names: Sequence[str], outputs: dict[str, dict[str, Path]], formats: Sequence[str],
+    failed: list[str],
+) -> None:  # fmt: skip
+    """Every file in its turn; the names of those without a whole transcript are added to `failed`."""
+    seconds = {name: header_seconds(name) for name in names}
+    is_alone = len(names) == 1
+    with Progress("transcribing", round(sum(seconds.values())), "s of audio") as progress:
+        for group in open_ahead(group_by_seconds(seconds)):
+            for name, found in recogniser.read(group, progress.advance):
+                if isinstance(found, ClipError):
+                    say(f"skipped {name}: {found.reason} ({found.detail})", sys.stderr)
+                    failed.append(name)
+                    continue
+                transcript, shortfall = found
+                if shortfall:
+                    say(f"{name} breaks off {shortfall:.1f} s before the end that its header names", sys.stderr)
+                    failed.append(name)
+                if outputs:
+                    write_transcript(transcript, outputs[name])
+                else:
+                    progress.print(on_stdout(transcript, formats[0], is_alone))
+
+
+def group_by_seconds(seconds: dict[str, float]) -> list[list[str]]:
+    """Names in their order, so many together that they fill GROUP_SECONDS."""
+    totals = itertools.accumulate(seconds.values())
+    numbered = zip(seconds, (total // GROUP_SECONDS for total in totals), strict=True)
+    return [[name for name, _ in group] for _, group in itertools.groupby(numbered, key=lambda pair: pair[1])]
+
+
+def open_ahead(groups: list[list[str]]) -> Iterator[list[Opened]]:
+    """The recordings of each group, decoded in a thread while the model is at work on the group before."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(_open_all, groups[0])
+        for following in [*groups[1:], None]:
+            opened = coming.result()
+            if following is not None:
+                coming = pool.submit(_open_all, following)
+            yield opened
+
+
+def _open_all(names: list[str]) -> list[Opened]:
+    return [(name, _open(name)) for name in names]
+
+
+def _open(name: str) -> Recording | ClipError:
+    try:
+        return Recording(name)
+    except ClipError as error:
+        return error
+
+
+def write_transcript(transcript: Transcript, paths: dict[str, Path]) -> None:
+    """One file for each format."""
+    for kind, path in paths.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{path.parent} cannot be made ({error.strerror}): name another --output_dir") from error
+        write_atomically(path, FORMATS[kind](transcript))
+
+
+def on_stdout(transcript: Transcript, kind: str, is_alone: bool) -> str:
+    """A transcript as printed; text of several files has the name of its file before it."""
+    prefix = "" if is_alone or kind != "txt" else f"{transcript.file}\t"
+    return prefix + FORMATS[kind](transcript).removesuffix("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
