@@ -22,7 +22,8 @@ from audio import SAMPLE_RATE_HZ, SEGMENT_TOLERANCE_SECONDS, ClipError, declared
 AUDIO_SUFFIXES = frozenset({".aif", ".aiff", ".au", ".caf", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".w64", ".wav"})
 STDIN = "-"
 STDIN_NAME = "stdin"
-BLOCK_SECONDS = 60
+# What is lost at most where a compressed file is damaged.
+BLOCK_SECONDS = 10
 INT16_BYTES = 2
 # SF_COUNT_MAX, which libsndfile gives for a stream without a length (sndfile.h).
 UNKNOWN_LENGTH = 2**63 - 1
@@ -87,7 +88,7 @@ class Recording:
     def _mono_blocks(self, file: soundfile.SoundFile) -> Iterator[np.ndarray]:
         """float32 [S] at the file's rate; the length in a header is not to be trusted."""
         count = 0
-        while len(block_SC := file.read(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)):
+        while len(block_SC := self._read_block(file, is_first=not count)):
             if not np.isfinite(block_SC).all():
                 raise ClipError("not_finite", f"NaN or infinite samples behind {count / file.samplerate:.0f} s")
             count += len(block_SC)
@@ -95,6 +96,16 @@ class Recording:
         shortfall = (declared_frames(file) - count) / file.samplerate
         if shortfall > SEGMENT_TOLERANCE_SECONDS and declared_frames(file) < UNKNOWN_LENGTH:
             self.shortfall_seconds = shortfall
+
+    @staticmethod
+    def _read_block(file: soundfile.SoundFile, is_first: bool) -> np.ndarray:
+        """The next frames, float32 [S, C]; none where a file that has begun well cannot be decoded any further."""
+        try:
+            return file.read(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError:
+            if is_first:
+                raise
+            return np.zeros((0, file.channels), np.float32)
 
     def _store(self, samples_S: np.ndarray) -> None:
         with reporting_disk_errors(Path(tempfile.gettempdir()), samples_S.nbytes):

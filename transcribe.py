@@ -17,12 +17,13 @@ import allocator  # noqa: F401 - before torch
 # isort: split
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from atomic import write_atomically
+from atomic import nearest_existing, reporting_disk_errors, write_atomically
 from audio import ClipError
 from config import TranscribeConfig, parse_arguments
 from progress import Progress, say
@@ -68,6 +69,10 @@ def plan_outputs(
         if len(formats) > 1 or (len(names) > 1 and formats[0] in ("srt", "vtt")):
             raise UsageError(f"{len(names)} files as {', '.join(formats)} need --output_dir, a file for each")
         return {}
+    existing = nearest_existing(Path(output_dir))
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "cannot be written to" if existing.is_dir() else "is a file"
+        raise UsageError(f"--output_dir: {existing} {why}: name a folder for the transcripts")
     folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]
     places = [_place_of(name, folders) for name in names]
     stems = [place.with_suffix("") for place in places]
@@ -142,10 +147,8 @@ def _open(name: str) -> Recording | ClipError:
 def write_transcript(transcript: Transcript, paths: dict[str, Path]) -> None:
     """One file for each format."""
     for kind, path in paths.items():
-        try:
+        with reporting_disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"{path.parent} cannot be made ({error.strerror}): name another --output_dir") from error
         write_atomically(path, FORMATS[kind](transcript))
 
 
