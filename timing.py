@@ -3,6 +3,7 @@
 T: frames, V: vocabulary, L: labels.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class Word:
         text: of the word.
         start: of its first character, seconds.
         end: of its last character, seconds. CTC marks a character where it is sure of it, not where its sound ends.
-        confidence: of the least sure character.
+        confidence: the product of its characters': the probability of all of them, as if they were independent.
         characters: all of them.
     """
 
@@ -108,5 +109,5 @@ def _characters(path: LabelPath, vocabulary: Vocabulary, seconds_per_frame: floa
 
 def _word(characters: list[Character]) -> Word:
     text = "".join(character.text for character in characters)
-    least = min(character.confidence for character in characters)
-    return Word(text, characters[0].start, characters[-1].end, least, tuple(characters))
+    confidence = math.prod(character.confidence for character in characters)
+    return Word(text, characters[0].start, characters[-1].end, confidence, tuple(characters))

@@ -459,6 +459,7 @@ def test_every_family_is_one_of_transformers():
     assert all(CONFIG_MAPPING[family] in MODEL_FOR_CTC_MAPPING for family in pretrained.FAMILIES)
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
 @pytest.mark.parametrize("architecture", [LARGE_960H, XLS_R_300M], ids=lambda a: a.name)

@@ -1692,6 +1692,7 @@ def test_demo_learns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 # --- The real recipes, at full size --------------------------------------------------------------------------------
 
 
+@pytest.mark.xdist_group("large")
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
 @pytest.mark.parametrize(
