@@ -3,11 +3,12 @@
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import ClassVar, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -20,16 +21,21 @@ class Progress:
     """Count `total` units of work on stderr; use as a context manager.
 
     `enabled=False` (every process but the main one) prints nothing. `audio_seconds` given to `advance` adds the
-    hours of audio to the display. One inside another shows its bar below the outer one's.
+    hours of audio to the display. One inside another shows its bar below the outer one's. `seconds_left` knows better
+    than the rate when the work will be over, where not all of it is of one kind.
     """
 
     _display: ClassVar[RichProgress | None] = None
 
-    def __init__(self, description: str, total: int, unit: str, enabled: bool = True, start: int = 0) -> None:
+    def __init__(
+        self, description: str, total: int, unit: str, enabled: bool = True, start: int = 0,
+        seconds_left: Callable[[], float | None] | None = None,
+    ) -> None:  # fmt: skip
         self.description, self.total, self.unit, self.enabled = description, total, unit, enabled
         self.start, self.done, self.audio_seconds = start, start, 0.0
         self._started_at = self._last_line_at = time.monotonic()
         self._bar: RichProgress | None = None
+        self._seconds_left = self._left_at_this_rate if seconds_left is None else seconds_left
 
     def __enter__(self) -> "Progress":
         self._started_at = self._last_line_at = time.monotonic()
@@ -39,14 +45,14 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[eta]}"),
             )
             self._is_outer = Progress._display is None
             if self._is_outer:
                 Progress._display = RichProgress(*columns, console=Console(stderr=True))
                 Progress._display.start()
             self._bar = Progress._display
-            self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, status="")
+            self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, status="", eta="")
         return self
 
     def advance(self, count: int = 1, audio_seconds: float = 0.0, note: str = "") -> None:
@@ -54,7 +60,7 @@ class Progress:
         self.done += count
         self.audio_seconds += audio_seconds
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, status=self._status(note))
+            self._bar.update(self._task, completed=self.done, status=self._status(note), eta=self._eta())
         elif self.enabled and time.monotonic() - self._last_line_at >= SECONDS_BETWEEN_PLAIN_LINES:
             self._last_line_at = time.monotonic()
             say(self._line(note), sys.stderr)
@@ -85,12 +91,15 @@ class Progress:
         return f"{self._rate():.1f} {self.unit}/s{hours}{', ' + note if note else ''}"
 
     def _line(self, note: str) -> str:
-        seconds_left = (self.total - self.done) / max(self._rate(), 1e-9)
         share = self.done / max(self.total, 1)
-        return (
-            f"{self.description}: {self.done}/{self.total} ({share:.0%}), {self._status(note)}, "
-            f"ETA {format_seconds(seconds_left)}"
-        )
+        return f"{self.description}: {self.done}/{self.total} ({share:.0%}), {self._status(note)}, {self._eta()}"
+
+    def _left_at_this_rate(self) -> float:
+        return (self.total - self.done) / max(self._rate(), 1e-9)
+
+    def _eta(self) -> str:
+        seconds = self._seconds_left()
+        return "ETA unknown" if seconds is None else f"ETA {format_seconds(seconds)}"
 
 
 def print_table(table: Table) -> None:

@@ -30,6 +30,7 @@ import runlog
 from assembly import Assembly
 from atomic import ASIDE, UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
+from clock import PHASE_COLUMNS, PHASES, Clock, Work, seconds_left
 from config import TrainConfig, write_config
 from data import ShardDataset
 from errors import RunFailed, Stopped, UsageError
@@ -94,6 +95,8 @@ class RunState:
     """Of the whole run, up to the last row of the log."""
     pending_sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
     """Since the last row of the log."""
+    pending_seconds: list[float] = field(default_factory=lambda: [0.0] * len(PHASES))
+    """Of each phase of `clock.Clock`, since the last row of the log."""
     grad_norm: float | None = None
     """Of the last update."""
     bad_in_a_row: list[int] = field(default_factory=lambda: [0, 0])
@@ -129,6 +132,7 @@ class Run(Assembly):
         else:
             self._resume()
         self.meter = Meter(accelerator, self.state.pending_sums, self.state.grad_norm)
+        self.clock, self.work_done = Clock(self.state.pending_seconds), Work()
         self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter, self.state.bad_in_a_row)
         self.stop = StopSignals(config.max_hours, self._started_at)
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
@@ -372,6 +376,36 @@ class Run(Assembly):
             raise UsageError(f"{finding.result}: {finding.remedy}")
         return finding.result
 
+    # How long it takes
+
+    def seconds_left(self) -> float | None:
+        """Until the end of the run, final scoring included; None before this process' first update."""
+        step, total = self.state.step, self.total_steps
+        dev = float(self.eval_set.num_samples[self.eval_rows].sum(dtype=np.int64))
+        rest = float(self.test_set.num_samples.sum(dtype=np.int64)) if self.test_set is not None else 0.0
+        if self._scores_all_of_dev:
+            rest += float(self.eval_set.num_samples.sum(dtype=np.int64))
+        evaluations, saves = (
+            math.ceil(total / every) - step // every for every in (self.config.eval_steps, self.config.save_steps)
+        )
+        left = Work(total - step, (evaluations * dev + rest) / SAMPLE_RATE_HZ, saves)
+        samples_per_update = float(self.plan.num_samples.mean()) * self.state.utterances_per_update
+        cost = EVALUATION_COST * SAMPLE_RATE_HZ / samples_per_update
+        return seconds_left(self.work_done, left, self.clock.spent, cost)
+
+    def cost(self) -> dict[str, float]:
+        """Of the whole run, resumes included: speed, padding, and the seconds of each phase."""
+        sums = dict(zip(METER_SUMS, self.state.sums, strict=True))
+        logged = runlog.read_log(self.log.path)
+        phases = [logged[name].sum() + new for name, new in zip(PHASE_COLUMNS, self.clock.read(), strict=True)]
+        elapsed = self._elapsed_seconds()
+        return {
+            "audio_hours_per_hour": sums["samples"] / SAMPLE_RATE_HZ / elapsed,
+            "padding_fraction": 1 - sums["samples"] / max(sums["padded_samples"], 1),
+            **dict(zip(PHASE_COLUMNS, map(float, phases), strict=True)),
+            "elapsed_seconds": elapsed,
+        }
+
     # How evaluations are divided
 
     @functools.cached_property
@@ -428,7 +462,8 @@ class Run(Assembly):
             self.state.best_eval_wer, self.state.best_step = score.wer, self.state.step
             self.state.best_eval_limits = [values[name] for name in LIMITS if name in values]
             self.state.best_eval_cer = score.cer
-            self.status.by_first(self.is_main, self._save_best)
+            with self.clock.phase("save"):
+                self.status.by_first(self.is_main, self._save_best)
             if self._opened_step is None:  # on every rank: they must agree on what is still to be done
                 self._opened_step = self.state.best_step
 
@@ -445,10 +480,17 @@ class Run(Assembly):
 
     def save_checkpoint(self) -> None:
         """What a resume needs; older checkpoints go when the new one is whole."""
+        with self.clock.phase("save"):
+            self._save_checkpoint()
+        self.work_done.saves += 1
+        self.meter.start()
+
+    def _save_checkpoint(self) -> None:
         state = self.state
         self.bad_updates.judge(self.write_bad_batches)
         state.pending_sums = list(self.meter.reduce().values())
         state.grad_norm, state.bad_in_a_row = float(self.meter.grad_norm), self.bad_updates.in_a_row
+        state.pending_seconds = self.clock.read()
         state.elapsed_seconds = self._elapsed_seconds()
         self._started_at = time.monotonic()
         if self.is_main:
@@ -462,7 +504,6 @@ class Run(Assembly):
             facts = {"run": asdict(state), "optimizer": optimizer, "scaler": scaler}
             checkpoint.save_checkpoint(self.folder, state.step, tensors | moments, facts)
             checkpoint.prune_checkpoints(self.folder, self.config.save_total_limit)
-        self.meter.start()
 
     def write_bad_batches(self, rows: list[dict[str, object]]) -> None:
         """The clips of an update that was left out, of all ranks, into bad_batches.csv."""
@@ -567,6 +608,7 @@ class Run(Assembly):
             "step": self.state.step,
             "epoch": self.state.step / self.plan.updates_per_epoch,
             **values,
+            **dict(zip(PHASE_COLUMNS, self.clock.read(), strict=True)),
             "peak_memory_mb": max(peak_bytes(self.accelerator.device), self.memory_limit.highest_bytes) / MEGABYTE,
             "elapsed_seconds": self._elapsed_seconds(),
         }
@@ -575,6 +617,7 @@ class Run(Assembly):
             progress.print(describe_row(row, self.total_steps))
         if self.config.report_to:
             self.accelerator.log(values, step=self.state.step)
+        self.clock.clear()
         self.meter.start()
 
     def _diagnose(self, values: dict[str, object]) -> list[str]:

@@ -59,6 +59,11 @@ LOG_COLUMNS = {
     "oom_retries": "times that memory ran out and the work was done again in smaller cuts, since the start",
     "eval_runtime": "seconds of the evaluation",
     "peak_memory_mb": "of the GPU where there is one, else of the process",
+    "data_seconds": "waiting for data since the last row, as the first process sees it, like the next four",
+    "compute_seconds": "in updates",
+    "communication_seconds": "waiting for other processes in updates",
+    "evaluation_seconds": "evaluating; ends with this row, so what comes behind it counts for the next one",
+    "save_seconds": "writing checkpoints and model/",
     "elapsed_seconds": "of training since the start, resumes included",
 }
 SLICE_COLUMNS = ("step", "slice", "group", "utterances", "wer", "wer_low", "wer_high", "cer", "unit", "is_small")

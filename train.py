@@ -26,14 +26,16 @@ import torch
 from accelerate import Accelerator
 
 import card
+from audio import SAMPLE_RATE_HZ
+from clock import describe_cost
 from config import PrepareConfig, TrainConfig, parse_arguments
-from data import Batch, Update, evaluation_loader, training_loader
+from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
 from processes import start_processes
 from progress import Progress, format_seconds
 from recovery import failing_by_name
 from run import Run, choose_beginning
 from schedule import learning_rate_at
-from scoring import OTHER_IS_OUT_OF_MEMORY, describe_limits, evaluate, rates, score_in_cuts
+from scoring import OTHER_IS_OUT_OF_MEMORY, Evaluation, describe_limits, evaluate, rates, score_in_cuts
 from slices import describe_slice
 from stopping import end_loaders
 
@@ -76,12 +78,15 @@ def train(run: Run) -> None:
         run.train_set, run.plan, run.num_labels, run.collate, run.cut, state.step, run.total_steps,
         run.config.dataloader_num_workers,
     )  # fmt: skip
-    with Progress("training", run.total_steps, "updates", run.is_main, start=state.step) as progress, run.stopping():
+    bar = Progress("training", run.total_steps, "updates", run.is_main, start=state.step, seconds_left=run.seconds_left)
+    with bar as progress, run.stopping():
         run.meter.start()
         finish_step(run, progress)  # Step 0, or what a resumed run was stopped from doing.
-        for update in loader:
-            loss_sum, grad_norm = train_step(run, update)
+        for update in run.clock.waiting(loader):
+            with run.clock.phase("compute"):
+                loss_sum, grad_norm = train_step(run, update)
             state.step += 1
+            run.work_done.updates += 1
             run.meter.add(update, loss_sum, grad_norm)
             finish_step(run, progress)
             progress.advance(note=run.meter.note)
@@ -121,7 +126,8 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for _, loss_B in losses:
         loss_sum += loss_B.sum()
-    loss = run.gradients.sum_over_processes(accelerator, loss_sum / update.num_labels)
+    with run.clock.phase("communication"):
+        loss = run.gradients.sum_over_processes(accelerator, loss_sum / update.num_labels)
     loss_sum += 0.0 * loss  # NaN on every rank where it is on one
     grad_norm = accelerator.clip_grad_norm_(run.gradients.parameters, config.max_grad_norm)
     for group in run.optimizer.param_groups:
@@ -153,7 +159,8 @@ def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Te
             except RunFailed as error:
                 failure = error
         own_status = GIVES_UP if failure else TRIES_AGAIN if losses is None else DONE
-        status, run.stop.agreed = run.status.worst(own_status, run.stop.requested)
+        with run.clock.phase("communication"):
+            status, run.stop.agreed = run.status.worst(own_status, run.stop.requested)
         if status == GIVES_UP:
             raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
         if status == DONE:
@@ -180,9 +187,18 @@ def evaluate_and_log(run: Run, progress: Progress) -> None:
     """Evaluate on the dev set, and write the same few utterances out as text."""
     run.meter.pause()
     started_at = time.perf_counter()
-    evaluation = evaluate(run, run.eval_set, run.eval_rows, "evaluating")
-    run.log_evaluation(evaluation, started_at, transcribe_samples(run), progress)
+    evaluation = score(run, run.eval_set, run.eval_rows, "evaluating")
+    with run.clock.phase("evaluation"):
+        run.log_evaluation(evaluation, started_at, transcribe_samples(run), progress)
     run.meter.start()
+
+
+def score(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> Evaluation:
+    """`scoring.evaluate` on the run's clock."""
+    with run.clock.phase("evaluation"):
+        evaluation = evaluate(run, dataset, rows, description)
+    run.work_done.eval_seconds += float(dataset.num_samples[rows].sum(dtype=np.int64)) / SAMPLE_RATE_HZ
+    return evaluation
 
 
 @torch.no_grad()
@@ -209,7 +225,7 @@ def score_before_training(run: Run, progress: Progress) -> None:
 
 def evaluate_test(run: Run) -> dict[str, object]:
     """The test split's rates with their limits, and those of its slices; known and new voices apart."""
-    evaluation = evaluate(run, run.test_set, np.arange(len(run.test_set)), "test set")
+    evaluation = score(run, run.test_set, np.arange(len(run.test_set)), "test set")
     results = rates(evaluation, run.test_breakdown.speakers, "test_")
     results |= {"test_raw_wer": evaluation.score.raw_wer, "test_loss": evaluation.score.loss}
     slices = run.test_breakdown.score(evaluation.counts)
@@ -224,7 +240,7 @@ def evaluate_all_of_dev(run: Run) -> dict[str, object]:
     if run.config.eval_split == "train" or len(run.eval_rows) == len(run.eval_set):
         return {}
     rows = np.arange(len(run.eval_set))
-    evaluation, breakdown = evaluate(run, run.eval_set, rows, "all of dev"), run.breakdown(run.eval_set, rows)
+    evaluation, breakdown = score(run, run.eval_set, rows, "all of dev"), run.breakdown(run.eval_set, rows)
     slices = breakdown.score(evaluation.counts)
     return rates(evaluation, breakdown.speakers, "eval_full_") | {"eval_full_slices": list(map(describe_slice, slices))}
 
@@ -239,6 +255,7 @@ def finish(run: Run) -> None:
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:
+        results |= run.cost()
         card.write_card(run.folder / "model", run, results)
         run.write_results(results)
         print("\n".join(summary(run, results)), flush=True)
@@ -259,6 +276,7 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
             before = results.get(f"{name.replace('best_', '')}_before")
             behind = f"   (before training {before:.2%})" if before is not None else ""
             lines.append(f"  {meaning:<32} {results[name]:7.2%}{describe_limits(results, name)}{behind}")
+    lines.append(f"  {describe_cost(results)}")
     folder = run.folder
     clip = Path(run.config.data_dir) / "demo_corpus" / run.test_set[0].id if is_demo and run.test_set else "CLIP.wav"
     return [

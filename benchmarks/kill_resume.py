@@ -52,6 +52,7 @@ import run as run_module
 import runlog
 import scoring
 import train
+from clock import PHASE_COLUMNS
 from config import PrepareConfig
 from errors import exit_status
 from prepare import prepare
@@ -59,8 +60,12 @@ from prepare import prepare
 CORPORA = Path(os.environ.get("CTC_CORPORA", REPOSITORY.parent / "shared" / "corpora"))
 MEASURED_COLUMNS = (
     *("samples_per_second", "audio_seconds_per_second", "eval_runtime", "peak_memory_mb", "elapsed_seconds"),
+    *PHASE_COLUMNS,
 )
-MEASURED_RESULTS = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+MEASURED_RESULTS = (
+    *("train_runtime", "train_samples_per_second", "train_steps_per_second", "audio_hours_per_hour", "elapsed_seconds"),
+    *PHASE_COLUMNS,
+)
 MAX_CALLS = 6
 # From so many kills on, a failpoint that was never hit is a failure.
 KILLS_FOR_EVERY_PHASE = 100

@@ -36,6 +36,7 @@ from conftest import (
 
 import roundtrip
 from checkpoint import find_damage, list_checkpoints
+from clock import PHASE_COLUMNS
 
 SECONDS_FOR_A_RUN = 120
 HANG_SECONDS = 12
@@ -47,6 +48,7 @@ COSTLY_MODULES = (
 MASKS = {"mask_time_prob": 0.4, "mask_time_length": 2, "mask_feature_prob": 0.3, "mask_feature_length": 4}
 MEASURED_COLUMNS = [
     "samples_per_second", "audio_seconds_per_second", "eval_runtime", "peak_memory_mb", "elapsed_seconds",
+    *PHASE_COLUMNS,
     "padding_fraction",
 ]  # fmt: skip
 

@@ -52,6 +52,7 @@ import processes
 import runlog
 import scoring
 import train
+from clock import PHASE_COLUMNS
 from config import TrainConfig
 from data import BatchPlan, CutSettings, ShardDataset, training_loader
 from errors import UsageError, exit_status
@@ -75,7 +76,12 @@ EVALUATION_COLUMNS = (
 # What a repetition cannot repeat.
 MEASURED_COLUMNS = [
     "samples_per_second", "audio_seconds_per_second", "eval_runtime", "peak_memory_mb", "elapsed_seconds",
+    *PHASE_COLUMNS,
 ]  # fmt: skip
+MEASURED_RESULTS = {
+    "train_runtime", "train_samples_per_second", "train_steps_per_second", "audio_hours_per_hour", "elapsed_seconds",
+    *PHASE_COLUMNS,
+}  # fmt: skip
 MASKS = {"mask_time_prob": 0.4, "mask_time_length": 2, "mask_feature_prob": 0.3, "mask_feature_length": 4}
 NO_CLIPPING = 1e9
 
@@ -254,6 +260,21 @@ def test_results_carry_the_names_of_hugging_face(finished: Finished) -> None:
     assert results["train_samples_per_second"] * results["train_runtime"] == pytest.approx(2 * 9 + 4)
     # Rows of unequal size: the mean over the run is not the mean of the rows.
     assert log["train_loss"].min() < results["train_loss"] < log["train_loss"].max()
+
+
+def test_cost_is_that_of_the_log(finished: Finished) -> None:
+    """Every phase but talking to others has taken time, and all of them together no more than there was."""
+    results = json.loads((finished.folder / "train_results.json").read_text())
+    log = read_log(finished.folder / "training_log.csv")
+    phases = {name: results[name] for name in PHASE_COLUMNS}
+    for name, seconds in phases.items():
+        assert seconds >= log[name].sum() - 1e-3
+    assert min(seconds for name, seconds in phases.items() if name != "communication_seconds") > 0
+    assert phases["communication_seconds"] < 0.1 * sum(phases.values())
+    assert sum(phases.values()) < results["elapsed_seconds"]
+    assert phases["evaluation_seconds"] > log["eval_runtime"].sum() * 0.5
+    assert 0 < results["padding_fraction"] < 0.6
+    assert results["audio_hours_per_hour"] > 0
 
 
 def test_environment_tells_what_ran(finished: Finished) -> None:
@@ -668,7 +689,7 @@ def test_resume_is_invisible(
     assert_same_run(parts, whole)
     assert [row["step"] for row in repeatable(parts)] == ["2", "4", "6", "8", "10", "11"]
     results = [json.loads((folder / "train_results.json").read_text()) for folder in (whole, parts)]
-    for name in results[0].keys() - {"train_runtime", "train_samples_per_second", "train_steps_per_second"}:
+    for name in results[0].keys() - MEASURED_RESULTS:
         assert results[0][name] == results[1][name], name
     before = tree(parts)
     assert command(*flags) == 2
@@ -957,6 +978,7 @@ def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: 
         "eval_wer_before": 7.0, "test_before": {"test_wer": 8.0},
         "sums": add(state["sums"], "oom_retries", 30), "pending_sums": add(state["pending_sums"], "oom_retries", 4),
         "grad_norm": 123.0, "bad_in_a_row": [1, 0], "deaf_loss": 1.25, "elapsed_seconds": 1e6,
+        "pending_seconds": [1e4, 2e4, 3e4, 4e4, 5e4],
         "resumed_anyway": [{"step": 1, "changed": ["seed"]}],
         "log_bytes": len(header),
         "sample_bytes": samples_path.read_bytes().index(b"\n") + 1,
@@ -983,6 +1005,9 @@ def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: 
     assert log["grad_norm"][0] == 123.0
     assert log["eval_deaf_loss"].tolist()[1:] == [1.25, 1.25]
     assert (log["elapsed_seconds"] > 1e6).all()
+    assert log[list(PHASE_COLUMNS)].iloc[0].round(-4).tolist() == changed["pending_seconds"]
+    assert log[list(PHASE_COLUMNS)].iloc[1].max() < 1e4
+    assert results["save_seconds"] > 5e4
     assert {row["step"] for row in read_table(samples_path)} == {"8", "10"}
     assert {row["step"] for row in read_table(slices_path)} == {"8", "10"}
     assert {row["step"] for row in read_table(bad_path)} == {"6"}
