@@ -70,6 +70,8 @@ SLICE_COLUMNS = ("step", "slice", "group", "utterances", "wer", "wer_low", "wer_
 SAMPLE_COLUMNS = ("step", "id", "reference", "prediction")
 # `step` as in the log, which the update would have brought about; `loss` is the sum over the clip's labels.
 BAD_BATCH_COLUMNS = ("step", "id", "seconds", "labels", "loss")
+# What report.py makes of it all.
+REPORT_FILE = "report.html"
 PACKAGES = (
     "torch", "torchaudio", "transformers", "accelerate", "huggingface_hub", "safetensors", "tokenizers", "soundfile",
     "jiwer", "numpy", "pandas", "pyarrow",
