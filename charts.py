@@ -58,11 +58,11 @@ class Panel:
 PANELS = (
     Panel("Loss", "CTC loss per label (nats)", (Series("train_loss", "training"), Series("eval_loss", "dev"))),
     Panel(
-        "Word error rate", "dev, with its 95 % interval",
+        "Word error rate", "dev, with 95 % interval",
         (Series("eval_wer", "WER", "eval_wer_low", "eval_wer_high"),), is_percent=True,
     ),
     Panel(
-        "Character error rate", "dev, with its 95 % interval",
+        "Character error rate", "dev, with 95 % interval",
         (Series("eval_cer", "CER", "eval_cer_low", "eval_cer_high"),), is_percent=True,
     ),
     Panel("Learning rate", "of the last step", (Series("learning_rate", "learning rate"),)),
@@ -74,7 +74,6 @@ PANELS = (
 def draw_panel(panel: Panel, log: Sequence[Row], number: int) -> Markup:
     """A panel as a figure; `number` is its place among the page's panels, by which the script finds its points."""
     curves = panel.points(log)
-    steps = [point["step"] for points in curves for point in points]
     legend = [
         element("span", element("i", class_=f"swatch s{place}"), one.name, class_="key")
         for place, one in enumerate(panel.series)
@@ -82,9 +81,9 @@ def draw_panel(panel: Panel, log: Sequence[Row], number: int) -> Markup:
     ]
     heading = element("b", panel.title)
     caption = element("figcaption", heading, " ", element("span", panel.unit, class_="quiet"), legend)
-    if not steps:
+    if not any(curves):
         return element("figure", caption, element("p", "no value yet", class_="empty"), class_="panel")
-    x_scale = Scale.of(steps, starts_at_zero=True, is_whole=True)
+    x_scale = Scale.of_steps(log)
     heights = [value for points in curves for point in points for name, value in point.items() if name != "step"]
     y_scale = Scale.of(heights, starts_at_zero=not panel.is_log, is_log=panel.is_log and min(heights) > 0)
     plot = element(
@@ -107,12 +106,7 @@ def panel_data(panel: Panel, log: Sequence[Row]) -> dict[str, Any]:
                                       for point in points]}
         for one, points in zip(panel.series, panel.points(log), strict=True)
     ]  # fmt: skip
-    steps = [point[0] for curve in curves for point in curve["points"]]
-    return {
-        "percent": panel.is_percent,
-        "last": Scale.of(steps, starts_at_zero=True, is_whole=True).high if steps else 0,
-        "curves": curves,
-    }
+    return {"percent": panel.is_percent, "last": Scale.of_steps(log).high, "curves": curves}
 
 
 @dataclass(frozen=True)
@@ -132,16 +126,23 @@ class Scale:
     is_log: bool = False
 
     @classmethod
-    def of(cls, values: Sequence[float], starts_at_zero: bool, is_log: bool = False, is_whole: bool = False) -> "Scale":
-        """The scale that holds all of `values`, of which there is one at least; of whole numbers with whole ticks."""
+    def of(cls, values: Sequence[float], starts_at_zero: bool, is_log: bool = False) -> "Scale":
+        """The scale that holds all of `values`, of which there is one at least."""
         low, high = min(values), max(values)
         if is_log:
             return cls._of_powers(low, high)
         low = min(low, 0.0) if starts_at_zero else low
-        width = max(_round_width((high - low) / TICKS), 1.0 if is_whole else 0.0)
+        width = _round_width((high - low) / TICKS)
         first, last = math.floor(low / width + 1e-9), max(math.ceil(high / width - 1e-9), math.floor(low / width) + 1)
-        ticks = tuple(round(number * width, 12) for number in range(first, last + 1))
+        ticks = tuple(float(f"{number * width:.12g}") for number in range(first, last + 1))
         return cls(ticks[0], ticks[-1], ticks)
+
+    @classmethod
+    def of_steps(cls, log: Sequence[Row]) -> "Scale":
+        """From 0 to the last step of a log, the same for all of its panels; ticks are whole."""
+        last = int(max([row["step"] for row in log], default=0)) or 1
+        width = max(int(_round_width(last / TICKS)), 1)
+        return cls(0, last, tuple(range(0, last + 1, width)))
 
     @classmethod
     def _of_powers(cls, low: float, high: float) -> "Scale":

@@ -465,7 +465,7 @@ def _build_parser(config_class: type, description: str) -> argparse.ArgumentPars
 
 
 def _take_words(config_class: type, flags: dict[str, Any], unknown: list[str]) -> list[str]:
-    """Words between flags, which argparse does not know what to do with, are the positional field's; the others stay."""
+    """Words between flags, which argparse knows no place for, are the positional field's; the others stay."""
     name = getattr(config_class, "positional", None)
     words = [argument for argument in unknown if not argument.startswith("-") or argument == "-"]
     if name is None or not words:

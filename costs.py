@@ -29,7 +29,7 @@ class Cost:
         utterance_rate: utterances per second of updates.
         padding_fraction: of what was computed, mean over updates.
         evaluations: how many.
-        time_shares: share of `elapsed_seconds` by what it went into; the rest is under "start, checks, saving".
+        time_shares: share of `elapsed_seconds` by what it went into; the rest is under "start, checks and saving".
         remaining_seconds: at the pace so far, evaluations included; None for a finished run.
         peak_memory_mb: the highest.
     """
@@ -114,10 +114,10 @@ def _time_shares(log: Sequence[Row], elapsed: float | None, train_runtime: float
         if any(name in row for row in log)
     }
     if not seconds and train_runtime:
-        seconds["updates (data and computing)"] = train_runtime
+        seconds["updates"] = train_runtime
     if TIME_COLUMNS["evaluation_seconds"] not in seconds:
         seconds[TIME_COLUMNS["evaluation_seconds"]] = math.fsum(row.get("eval_runtime", 0.0) for row in log)
-    rest = "start, checks, saving" if len(seconds) > 1 else "updates, start, checks, saving"
+    rest = "start, checks and saving" if len(seconds) > 1 else "updates, start, checks and saving"
     seconds[rest] = max(elapsed - math.fsum(seconds.values()), 0.0)
     return {name: value / elapsed for name, value in seconds.items()}
 

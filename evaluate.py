@@ -348,7 +348,7 @@ def make_results(
 def report_comparison(config: EvaluateConfig, folder: Path, other: Utterances) -> None:
     """Both results side by side, on the screen and in comparison.json."""
     found = compare(read_utterances(folder), other)
-    write_atomically(folder / COMPARISON_FILE, json.dumps(found.facts() | {"other": config.compare}, indent=1))
+    write_atomically(folder / COMPARISON_FILE, json.dumps(found.facts() | {"other_model": config.compare}, indent=1))
     print("\n".join(found.lines(config.compare, config.model_name_or_path)), flush=True)
 
 

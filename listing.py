@@ -27,6 +27,8 @@ COUNT_COLUMNS = tuple(
     f"{unit}_{part}" for unit in ("word", "character") for part in ("insertions", "deletions", "substitutions", "hits")
 )
 DURATION_GROUPS = 8
+# A rate of fewer utterances says more about these than about their kind; as in slices.py.
+MIN_UTTERANCES = 30
 WORST, RANDOM, OTHER = "worst", "random", ""
 
 

@@ -62,9 +62,9 @@ def render(title: str, body: Markup, data: Markup) -> str:
     )
 
 
-def section(identity: str, title: str, *children: object) -> Markup:
+def section(identity: str, title: str, *children: object, level: int = 2) -> Markup:
     """A part of the page with a heading to link to."""
-    return element("section", element("h2", title), *children, id=identity, aria_label=title)
+    return element("section", element(f"h{level}", title), *children, id=identity, aria_label=title)
 
 
 def navigation(sections: Iterable[tuple[str, str]]) -> Markup:

@@ -151,9 +151,11 @@ def show(
     title: str, run: RunFolder | None, evaluations: Sequence[Evaluated], samples: Explorer | None, config: ReportConfig
 ) -> Markup:
     """The body of the page."""
-    sections = [part for one in evaluations for part in show_evaluation(one, is_alone=run is None)]
-    if run is not None:
-        sections = [*show_training(run), *sections, *show_run(run, evaluations, samples, config)]
+    if run is None:
+        sections = [part for one in evaluations for part in show_evaluation(one)]
+    else:
+        curves = ("curves", "Curves", run_page.curves(run))
+        sections = [curves, *map(show_inside, evaluations), *show_run(run, evaluations, samples, config)]
     now = datetime.datetime.now(datetime.timezone.utc)
     missing = [*(run.missing if run else [])]
     missing += [f"{one.folder.folder.name}: {line}" for one in evaluations for line in one.folder.missing]
@@ -170,15 +172,10 @@ def show(
     )  # fmt: skip
 
 
-def show_training(run: RunFolder) -> list[tuple[str, str, Markup]]:
-    """What a reader looks at first."""
-    return [("curves", "Curves", run_page.curves(run))]
-
-
 def show_run(
     run: RunFolder, evaluations: Sequence[Evaluated], samples: Explorer | None, config: ReportConfig
 ) -> list[tuple[str, str, Markup]]:
-    """The other sections of a run."""
+    """The sections of a run behind its curves and evaluations."""
     splits = {Path(str(one.folder.results.get("data", ""))).name for one in evaluations}
     parts = [("run-slices", "Slices while training", run_page.run_slices(run, scored=splits))]
     if samples is not None:
@@ -199,27 +196,34 @@ def show_run(
     return parts + [part for part in optional if part[2] is not None]
 
 
-def show_evaluation(one: Evaluated, is_alone: bool) -> list[tuple[str, str, Markup]]:
-    """The sections of one evaluation, named after its folder where the page has a run around it."""
-    name, results, counted = one.folder.folder.name, one.folder.results, one.counted
-    prefix = "" if is_alone else f"{name}: "
-    parts = [("figures", "figures", join(results_page.results_tiles(results), results_page.results_facts(results)))]
+def show_evaluation(one: Evaluated) -> list[tuple[str, str, Markup]]:
+    """The sections of one evaluation."""
+    results, counted = one.folder.results, one.counted
+    parts = []
+    if results:
+        parts.append(
+            ("figures", "Figures", join(results_page.results_tiles(results), results_page.results_facts(results)))
+        )
     if one.folder.comparison:
-        parts.append(("comparison", "compared with another model", results_page.comparison(one.folder.comparison)))
-    parts.append(("slices", "slices", results_page.results_slices(results)))
+        parts.append(("comparison", "Compared with another model", results_page.comparison(one.folder.comparison)))
+    parts.append(("slices", "Slices", results_page.results_slices(results)))
     if counted is not None:
         parts += [
-            ("list", "utterances", one.explorer.show()),
-            ("words", "words taken for others", results_page.confusions(counted.words, "word")),
-            ("characters", "characters taken for others", results_page.confusions(counted.characters, "character")),
-            ("durations", "errors by duration", results_page.durations(counted)),
+            ("list", "Utterances", one.explorer.show()),
+            ("words", "Words taken for others", results_page.confusions(counted.words, "word")),
+            ("characters", "Characters taken for others", results_page.confusions(counted.characters, "character")),
+            ("durations", "Errors by duration", results_page.durations(counted)),
         ]
-    parts.append(("letters", "letters found", results_page.letters(results.get("letters", {}))))
-    return [
-        (f"{identity}-{one.number}", (prefix + title) if prefix else title.capitalize(), content)
-        for identity, title, content in parts
-        if content is not None and (identity != "figures" or results)
-    ]
+    parts.append(("letters", "Letters found", results_page.letters(results.get("letters", {}))))
+    return [(f"{identity}-{one.number}", title, content) for identity, title, content in parts if content is not None]
+
+
+def show_inside(one: Evaluated) -> tuple[str, str, Markup]:
+    """One evaluation of a run, as a section with parts of its own."""
+    parts = show_evaluation(one)
+    links = navigation((identity, title) for identity, title, _ in parts)
+    content = join(links, [section(identity, title, content, level=3) for identity, title, content in parts])
+    return f"evaluation-{one.number}", f"Evaluation {one.folder.folder.name}", content
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from alignment import Confusions, Pair, align_characters, align_words, count_errors, highlight
 from charts import interval_bar, percent, with_limits
-from listing import OTHER, RANDOM, WORST, Listed, UtteranceTable
+from listing import MIN_UTTERANCES, OTHER, RANDOM, WORST, Listed, UtteranceTable
 from markup import Markup, element, join
 from page import RateRow, facts, rate_table, slice_rows, table, tiles
 from progress import format_seconds
@@ -19,6 +19,7 @@ CONFUSIONS_SHOWN = 20
 # A recall from fewer occurrences is a matter of chance; as on evaluate.py's screen.
 MIN_OCCURRENCES = 20
 LETTERS_SHOWN = 30
+KINDS = (("", "all"), (WORST, "the worst"), (RANDOM, "the random ones"))
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Explorer:
         has_seconds = any(one.seconds is not None for one in self.listed)
         controls = [
             _control("search in texts and ids", element("input", type="search", data_control="text"), class_="wide"),
-            _control("show", _select("kind", _kinds() if has_kinds else [("", "all")])),
+            _control("show", _select("kind", KINDS)) if has_kinds else None,
             _control("only", _select_facet(self.facets)) if self.facets else None,
             _control("sort by", _select("order", _orders(has_seconds))),
         ]
@@ -172,7 +173,15 @@ def results_slices(results: Row) -> Markup | None:
 def durations(counted: UtteranceTable) -> Markup:
     """Error rate by the length of the clip."""
     rows = [
-        RateRow(f"{low:g} to {high:g} s", "", count, wer.rate, _known(wer.low), _known(wer.high))
+        RateRow(
+            f"{low:g} to {high:g} s",
+            "",
+            count,
+            wer.rate,
+            _known(wer.low),
+            _known(wer.high),
+            is_small=count < MIN_UTTERANCES,
+        )
         for low, high, count, wer in counted.by_duration()
     ]
     return rate_table(rows, "duration")
@@ -191,7 +200,7 @@ def comparison(facts_of_both: Row) -> Markup:
         said += f"; {facts_of_both['left_out']:,} left out"
     return join(
         element("p", said, class_="quiet"),
-        table(("rate", facts_of_both.get("other_name", "the other model"), "this model", "difference"), rows),
+        table(("rate", facts_of_both["other_model"], "this model", "difference"), rows),
     )
 
 
@@ -258,10 +267,6 @@ def _select_facet(facets: dict[str, list[str]]) -> Markup:
         for place, (name, values) in enumerate(facets.items())
     ]  # fmt: skip
     return element("select", element("option", "all", value=""), groups, data_control="group")
-
-
-def _kinds() -> list[tuple[str, str]]:
-    return [("", "all"), (WORST, "the worst"), (RANDOM, "the random ones")]
 
 
 def _orders(has_seconds: bool) -> list[tuple[str, str]]:

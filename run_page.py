@@ -103,9 +103,9 @@ def _cost_facts(cost: Cost, run: RunFolder) -> dict[str, object]:
         "oom_retries": "out of memory, redone",
     }
     counted = [f"{int(last[name]):,} {meaning}" for name, meaning in counts.items() if last.get(name)]
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in cost.time_shares.items())
+    shares = "; ".join(f"{name} {share:.0%}" for name, share in cost.time_shares.items())
     return {
-        "time": format_seconds(cost.elapsed_seconds) if cost.elapsed_seconds else None,
+        "time of the run": format_seconds(cost.elapsed_seconds) if cost.elapsed_seconds else None,
         "time left": format_seconds(cost.remaining_seconds) if cost.remaining_seconds is not None else None,
         "share of the time": shares or None,
         "training speed": f"{cost.audio_rate / 3600:.4g} hours of audio per second ({cost.audio_rate:.3g} h per hour)"
@@ -137,8 +137,8 @@ def checks(run: RunFolder) -> Markup | None:
     summary = f"{len(findings)} checks, {len(unusual)} of them with a warning"
     return join(
         facts({"training clips left out": left_out}),
-        table(headings, unusual) if unusual else None,
-        element("details", element("summary", summary), table(headings, rows)),
+        table(headings, unusual, class_="checks") if unusual else None,
+        element("details", element("summary", summary), table(headings, rows, class_="checks")),
     )
 
 
@@ -154,9 +154,9 @@ def settings(config: Row) -> Markup | None:
                if name not in defaults or value != defaults[name]]  # fmt: skip
     others = [[name, _value(value)] for name, value in config.items() if name in defaults and value == defaults[name]]
     return join(
-        table(("setting", "value", "default"), changed),
+        table(("setting", "value", "default"), changed, class_="settings"),
         element("details", element("summary", f"{len(others)} settings at their defaults"),
-                table(("setting", "value"), others)),
+                table(("setting", "value"), others, class_="settings")),
     )  # fmt: skip
 
 

@@ -130,6 +130,10 @@ function makePair(pair) {
   return made;
 }
 
+function count(number, unit) {
+  return number + " " + unit + (number === 1 ? "" : "s");
+}
+
 function side(utterance, at) {
   return utterance.pairs
     .map((pair) => typeof pair === "string" ? pair : Array.isArray(pair[at]) ? pair[at].join("") : pair[at])
@@ -140,13 +144,15 @@ function side(utterance, at) {
 function makeUtterance(utterance, clips) {
   const item = make("li", "utterance");
   const header = make("header");
-  const facts = [];
-  if (utterance.seconds !== null) facts.push(utterance.seconds.toFixed(1) + " s");
-  facts.push("WER " + (100 * utterance.rate).toFixed(1) + " %");
-  facts.push(utterance.errors + " of " + utterance.words + " words wrong");
-  facts.push("CER " + (100 * utterance.characterRate).toFixed(1) + " %");
-  header.append(make("bdi", "", utterance.id), make("span", "quiet", facts.join(" · ")));
+  header.append(make("bdi", "", utterance.id));
   if (utterance.kind) header.append(make("span", "badge", KINDS[utterance.kind]));
+  const facts = make("p", "quiet");
+  if (utterance.seconds !== null) facts.append(make("span", "", utterance.seconds.toFixed(1) + " s"));
+  facts.append(
+    make("span", "", "WER " + (100 * utterance.rate).toFixed(1) + " %"),
+    make("span", "", count(utterance.errors, "error") + " in " + count(utterance.words, "word")),
+    make("span", "", "CER " + (100 * utterance.characterRate).toFixed(1) + " %"));
+  header.append(facts);
   const spoken = make("p", "hidden", "reference: " + side(utterance, 0) + ". hypothesis: " + side(utterance, 1) + ".");
   const aligned = make("div", "aligned");
   aligned.dir = "auto";
@@ -197,7 +203,7 @@ function startExplorer(explorer) {
   function apply() {
     const wanted = fold(text.value.trim());
     found = utterances.filter((utterance) => utterance.searched.includes(wanted) && matchesGroup(utterance)
-      && (kind.value === "" || utterance.kind === kind.value));
+      && (kind === null || kind.value === "" || utterance.kind === kind.value));
     found.sort(SORTS[order.value]);
     list.replaceChildren();
     numShown = 0;
