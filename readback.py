@@ -1,9 +1,10 @@
 """What a run and its evaluations left behind, read back; a piece that is missing or damaged is named, not an error."""
 
 import csv
+import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from errors import UsageError
-from runlog import read_log
+from runlog import SAMPLE_COLUMNS, SLICE_COLUMNS, read_log
 
 Content = TypeVar("Content")
 Row = dict[str, Any]
@@ -104,8 +105,8 @@ def read_run(folder: Path) -> RunFolder:
     run.config = reader.read("config.yaml", _read_yaml, "no settings") or {}
     run.environment = reader.read("environment.json", _read_json, "no machine and packages") or {}
     run.results = _Reader(folder, []).read("train_results.json", _read_json, "") or {}
-    run.samples = _newest(reader.read("eval_samples.csv", _read_table, "no samples of dev") or [])
-    run.slices = _newest(reader.read("eval_slices.csv", _read_table, "no slices of dev") or [])
+    run.samples = reader.read("eval_samples.csv", _newest(SAMPLE_COLUMNS), "no samples of dev") or []
+    run.slices = reader.read("eval_slices.csv", _newest(SLICE_COLUMNS), "no slices of dev") or []
     run.preflight = reader.read("preflight.json", _read_json, "no checks before step 1") or {}
     if not run.results:
         run.missing.append(
@@ -121,7 +122,7 @@ def read_results(folder: Path) -> ResultsFolder:
     remedy = "run evaluate.py again"
     found.results = reader.read(RESULTS_FILE, _read_json, f"no intervals, slices and letters; {remedy}") or {}
     if (folder / COMPARISON_FILE).is_file():
-        found.comparison = reader.read(COMPARISON_FILE, _read_json, "no comparison") or {}
+        found.comparison = reader.read(COMPARISON_FILE, _read_comparison, "no comparison") or {}
     if (folder / UTTERANCES_FILE).is_file():
         found.utterances = folder / UTTERANCES_FILE
     else:
@@ -180,10 +181,23 @@ def _mapping(value: Any) -> Row:
     return value
 
 
-def _read_table(path: Path) -> list[Row]:
-    return list(read_table(path))
+def _read_comparison(path: Path) -> Row:
+    found = _read_json(path)
+    if "other_model" not in found:
+        raise ValueError("another version of evaluate.py wrote it")
+    return found
 
 
-def _newest(rows: list[Row]) -> list[Row]:
-    """Those of the last step."""
-    return [row for row in rows if row.get("step") == rows[-1].get("step")]
+def _newest(columns: Sequence[str]) -> Callable[[Path], list[Row]]:
+    """Reads the rows of the last step from a table with these columns."""
+
+    def read(path: Path) -> list[Row]:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # A run may be in the midst of writing its last row.
+        table = csv.DictReader(io.StringIO(whole))
+        if lacking := set(columns) - set(table.fieldnames or ()):
+            raise ValueError(f"without the columns {', '.join(sorted(lacking))}")
+        rows = list(table)
+        return [row for row in rows if row["step"] == rows[-1]["step"]]
+
+    return read
