@@ -456,8 +456,8 @@ def _build_parser(config_class: type, description: str) -> argparse.ArgumentPars
                 f"--no_{field.name}", dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS
             )
         is_positional = field.name == getattr(config_class, "positional", None)
-        if is_positional and not _is_list(kind):
-            options["nargs"] = "?"
+        if is_positional:
+            options |= {"metavar": field.name} | ({} if _is_list(kind) else {"nargs": "?"})
         parser.add_argument(field.name if is_positional else f"--{field.name}", **options)
     # argparse's own complaints (a flag without its value) become one line like every other error.
     parser.error = _raise_usage_error

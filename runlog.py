@@ -6,6 +6,7 @@ import io
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,11 @@ def read_log(path: Path) -> "pandas.DataFrame":
     import pandas
 
     return pandas.read_csv(io.BytesIO(_whole_lines(path.read_bytes())))
+
+
+def report_line(folder: Path) -> str:
+    """For the end of a screen: the command that shows what a folder holds."""
+    return f"report: {shlex.join(['python', 'report.py', str(folder)])}"
 
 
 def draw_training_curve(log: "pandas.DataFrame", path: Path, title: str = "") -> None:
