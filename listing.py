@@ -14,6 +14,7 @@ import numpy as np
 from alignment import Confusions, align_characters, align_words, count_errors
 from errors import UsageError
 from intervals import Interval, rate_interval
+from progress import Progress
 from readback import read_table
 
 WORST_SHOWN = RANDOM_SHOWN = 50
@@ -140,7 +141,7 @@ def scan(path: Path) -> UtteranceTable:
     errors, lengths, seconds, speakers = array.array("q"), array.array("q"), array.array("d"), array.array("q")
     index: dict[str, int] = {"": -1}
     try:
-        for row in read_table(path):
+        for row in _watched(path):
             pairs = align_words(row["reference"], row["hypothesis"])
             words.add(pairs)
             characters.add(align_characters(row["reference"], row["hypothesis"]))
@@ -159,6 +160,16 @@ def scan(path: Path) -> UtteranceTable:
     kept = {name: sorted(values) for name, values in facets.items() if len(values) > 1}
     arrays = (np.array(column) for column in (errors, lengths, seconds, speakers))
     return UtteranceTable(path, *arrays, words, characters, kept)
+
+
+def _watched(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a table, with a bar: an evaluation of a large corpus takes a minute to count."""
+    with path.open("rb") as file:
+        total = sum(1 for _ in file) - 1
+    with Progress("counting utterances", total, "utterances") as progress:
+        for row in read_table(path):
+            yield row
+            progress.advance()
 
 
 def _collect(row: dict[str, str], facets: dict[str, set[str]]) -> None:

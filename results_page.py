@@ -18,7 +18,7 @@ from readback import Row
 CONFUSIONS_SHOWN = 20
 # A recall from fewer occurrences is a matter of chance; as on evaluate.py's screen.
 MIN_OCCURRENCES = 20
-LETTERS_SHOWN = 30
+LETTERS_SHOWN = 20
 KINDS = (("", "all"), (WORST, "the worst"), (RANDOM, "the random ones"))
 
 
