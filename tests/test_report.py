@@ -269,6 +269,22 @@ def test_random_utterances_are_drawn_by_the_seed_and_are_never_the_worst(tmp_pat
     assert again == worst and other != drawn and not other & worst
 
 
+def test_the_worst_have_the_highest_rate_and_then_the_most_errors(tmp_path: Path) -> None:
+    texts = [
+        ("a b c d e", "x y z d e"),
+        ("a", "a"),
+        ("a", "x"),
+        ("a b", "x y"),
+        ("", "z"),
+        ("a b", "x b"),
+        ("a", "x y"),
+    ]
+    write_results(tmp_path / "found", texts, write_data(tmp_path / "data", 12))
+    counted = scan(tmp_path / "found" / "utterances.csv")
+    assert counted.rates.tolist() == pytest.approx([0.6, 0, 1, 1, 1, 0.5, 2])
+    assert [row for row, _ in counted.choose(seed=0)] == [6, 3, 2, 4, 0, 5, 1]
+
+
 @pytest.mark.parametrize(("count", "worst", "drawn"), [(1, 1, 0), (50, 50, 0), (60, 50, 10)])
 def test_few_utterances(tmp_path: Path, command: Command, count: int, worst: int, drawn: int) -> None:
     write_results(tmp_path / "found", make_texts(count), write_data(tmp_path / "data", 12))

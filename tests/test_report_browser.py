@@ -30,7 +30,7 @@ ATTACKS = (
 )
 ARABIC, YORUBA = ("مرحبا بالعالم", "مرحبا العالم"), ("ọ́mọ dára", "ọmọ dára")
 # The hostile texts, the two below, and then the others.
-TEXTS = [*((text, text + " x") for text in ATTACKS), ARABIC, YORUBA, *make_texts(120)]
+TEXTS = [*((text, text + " x") for text in ATTACKS), ARABIC, YORUBA, *make_texts(120), ("one", 30 * "SPACELESS")]
 # Text on its ground, of all kinds that the page has; WCAG 2.1 asks for 4.5 (https://www.w3.org/TR/WCAG21/#contrast-minimum).
 TEXT_KINDS = (
     *("h1", "p.quiet", "nav a", ".tile span", ".tile b", "figcaption .quiet", ".x span", ".y span", "th button"),
@@ -260,6 +260,8 @@ def test_curves_say_their_values(tab: Tab) -> None:
 def test_nothing_is_wider_than_the_screen(browser: "sync_api.Browser", page_file: Path, viewport: dict) -> None:
     with Tab(browser, page_file, viewport, "light") as tab:
         tab.page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+        tab.choose("order", "characters")
+        assert f"u3_{len(TEXTS) - 1}" in tab.ids, "the word without an end is shown"
         width = tab.page.evaluate("document.documentElement.scrollWidth")
         assert width <= viewport["width"]
         # Nor cut off, but for tables that scroll by themselves.
