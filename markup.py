@@ -4,7 +4,8 @@ import html
 import json
 from typing import Any
 
-VOID_ELEMENTS = frozenset({"br", "hr", "img", "input", "line", "meta", "path", "rect"})
+# Those without an end tag, of the ones that a report is made of.
+VOID_ELEMENTS = frozenset({"input"})
 # A data block ends at `</script` and changes its meaning at `<!--`, whatever stands in the JSON around it
 # (https://html.spec.whatwg.org/multipage/scripting.html#restrictions-for-contents-of-script-elements).
 _IN_JSON = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"})
@@ -28,7 +29,7 @@ def element(name: str, *children: object, **attributes: object) -> Markup:
     written = "".join(_attribute(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
     if name in VOID_ELEMENTS:
         assert not children, f"<{name}> holds nothing"
-        return Markup(f"<{name}{written}>" if name in ("br", "hr", "img", "input", "meta") else f"<{name}{written}/>")
+        return Markup(f"<{name}{written}>")
     return Markup(f"<{name}{written}>{join(*children)}</{name}>")
 
 

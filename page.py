@@ -53,7 +53,7 @@ def render(title: str, body: Markup, data: Markup) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = Template((TEMPLATES / "report.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=element("b", title).removeprefix("<b>").removesuffix("</b>"),
+        title=join(title),
         policy=POLICY.format(digest=digest),
         style=style,
         script=script,

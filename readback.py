@@ -32,7 +32,7 @@ class RunFolder:
         results: train_results.json, which only a finished run has.
         config: config.yaml.
         environment: environment.json.
-        slices: rows of eval_slices.csv of the last evaluation, or of the test set where the run is finished.
+        slices: rows of eval_slices.csv of the last evaluation.
         samples: rows of eval_samples.csv of the last evaluation.
         preflight: preflight.json.
         missing: a line for each piece that is not there.

@@ -23,11 +23,11 @@ import run_page
 from atomic import format_bytes, write_atomically
 from clips import embed_clips, open_split
 from config import ReportConfig, parse_arguments
+from explorer import Explorer
 from listing import Listed, UtteranceTable, scan
 from markup import Markup, element, join, json_block
 from page import navigation, notes, render, section
 from readback import ResultsFolder, RunFolder, find_folders
-from results_page import Explorer
 from runlog import REPORT_FILE
 
 # A page that a phone opens and a mail takes.
@@ -60,7 +60,9 @@ def main() -> None:
     evaluations = [gather(one, number, config) for number, one in enumerate(found)]
     samples = gather_samples(run, config) if run is not None and run.samples else None
     explorers = [one.explorer for one in evaluations if one.explorer] + ([samples] if samples else [])
-    data = [json_block(f"{one.identity}-utterances", one.data(LISTING_BYTES // len(explorers))) for one in explorers]
+    for one in explorers:
+        one.keep_within(LISTING_BYTES // len(explorers))
+    data = [json_block(f"{one.identity}-utterances", one.data()) for one in explorers]
     title = f"{folder.resolve().name}: {'run' if run else 'evaluation'}"
 
     def compose() -> bytes:
@@ -93,11 +95,17 @@ def gather(found: ResultsFolder, number: int, config: ReportConfig) -> Evaluated
     """Count the utterances of an evaluation, and choose those to show.
 
     Raises:
-        UsageError: utterances.csv is damaged.
+        UsageError: utterances.csv is damaged, and nothing else is there.
     """
     if found.utterances is None:
         return Evaluated(number, found, None, None)
-    counted = scan(found.utterances)
+    try:
+        counted = scan(found.utterances)
+    except UsageError as error:
+        if not found.results:
+            raise
+        found.missing.append(str(error))
+        return Evaluated(number, found, None, None)
     split = Path(found.results["data"]) if "data" in found.results else None
     if split is not None and config.data_dir:
         split = Path(config.data_dir) / split.name
@@ -139,12 +147,12 @@ def add_clips(explorers: Sequence[Explorer], max_bytes: int, config: ReportConfi
 def describe_clips(explorer: Explorer) -> str:
     """How many can be heard, and why the others cannot."""
     wanted, embedded = len(explorer.heard), len(explorer.clips)
-    if embedded == wanted:
-        return f"{embedded:,} clips can be heard."
-    return (
-        f"{embedded:,} of {wanted:,} clips can be heard: the others are not in {explorer.split}, or would make it "
-        f"larger than {format_bytes(MAX_PAGE_BYTES)}."
-    )
+    if embedded < wanted:
+        return (
+            f"{embedded:,} of {wanted:,} clips can be heard; the others are not in {explorer.split}, or would make the "
+            f"page larger than {format_bytes(MAX_PAGE_BYTES)}."
+        )
+    return f"{embedded:,} clips can be heard{': the worst and the random ones' if wanted < explorer.total else ''}."
 
 
 def show(
@@ -223,7 +231,8 @@ def show_inside(one: Evaluated) -> tuple[str, str, Markup]:
     parts = show_evaluation(one)
     links = navigation((identity, title) for identity, title, _ in parts)
     content = join(links, [section(identity, title, content, level=3) for identity, title, content in parts])
-    return f"evaluation-{one.number}", f"Evaluation {one.folder.folder.name}", content
+    name = one.folder.folder.name.removeprefix("evaluation_")
+    return f"evaluation-{one.number}", f"Evaluation: {name}", content
 
 
 if __name__ == "__main__":

@@ -30,7 +30,14 @@ def state_line(run: RunFolder) -> str:
     of = f" of {cost.total_steps:,} ({cost.step / cost.total_steps:.0%})" if cost.total_steps else ""
     left = f"; at that pace {format_seconds(cost.remaining_seconds)} are left" if cost.remaining_seconds else ""
     when = datetime.datetime.fromtimestamp(run.log_time, datetime.timezone.utc)
-    return f"Not finished: at step {cost.step:,}{of} at {when:%Y-%m-%d %H:%M} UTC{left}."
+    return f"Not finished: at step {cost.step:,}{of} at {when:%Y-%m-%d %H:%M} UTC{left}.{_diagnosis(run.log)}"
+
+
+def _diagnosis(log: Sequence[Row]) -> str:
+    """What the last evaluation found of a run whose WER stays at 1; see diagnosis.py."""
+    evaluated = [row for row in log if "eval_wer" in row]
+    state = evaluated[-1].get("state") if evaluated else None
+    return f" Its state: {state} (WER of 0.99 or more)." if state else ""
 
 
 def run_tiles(run: RunFolder) -> Markup | None:

@@ -21,6 +21,7 @@ import report
 from errors import exit_status
 from listing import MAX_GROUPS, scan
 from metrics import COUNT_COLUMNS
+from runlog import TrainingLog
 
 Command = Callable[..., int]
 # All that the page is made of.
@@ -301,7 +302,7 @@ def test_the_page_keeps_its_size_and_says_what_it_leaves_out(
     write_results(tmp_path / "found", make_texts(130), data)
     assert command(tmp_path / "found") == 0
     whole = (tmp_path / "found" / "report.html").read_bytes()
-    assert "100 clips can be heard." in visible(whole.decode())
+    assert "100 clips can be heard: the worst and the random ones." in visible(whole.decode())
     limit = len(whole) // 2
     monkeypatch.setattr(report, "MAX_PAGE_BYTES", limit)
     assert command(tmp_path / "found") == 0
@@ -381,6 +382,25 @@ def test_each_piece_of_a_run_may_be_missing_or_damaged(
         assert f"{name} is not there: no " in shown
     else:
         assert f"{name} cannot be read" in shown
+
+
+def test_a_damaged_evaluation_inside_a_run_is_said(tmp_path: Path, command: Command) -> None:
+    write_run(tmp_path / "run", tmp_path / "data")
+    write_results(tmp_path / "run" / "evaluation_test", make_texts(20), write_data(tmp_path / "data", 12))
+    (tmp_path / "run" / "evaluation_test" / "utterances.csv").write_text("id,reference\n1,a\n")
+    assert command(tmp_path / "run", "--no_audio") == 0
+    shown = visible((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert "evaluation_test: " in shown and "utterances.csv is not a table that evaluate.py wrote" in shown
+    assert "43.21 %" in shown and "Words taken for others" not in shown
+
+
+def test_a_run_whose_wer_stays_at_one_says_its_state(tmp_path: Path, command: Command) -> None:
+    write_run(tmp_path / "run", tmp_path / "data")
+    TrainingLog(tmp_path / "run" / "training_log.csv").append(
+        {"step": 30, "epoch": 4.0, "eval_wer": 1.0, "state": "plateau"}, {"step": 35, "epoch": 4.5, "train_loss": 3.0}
+    )
+    assert command(tmp_path / "run") == 0
+    assert "Its state: plateau" in visible((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, command: Command) -> None:
