@@ -184,13 +184,13 @@ def bar_limit(rates: Sequence[float | None]) -> float:
 
 
 def percent(rate: float) -> str:
-    """A fraction as percent."""
-    return f"{100 * rate:.2f} %"
+    """A fraction as percent, which no line end divides."""
+    return f"{100 * rate:.2f}\u00a0%"
 
 
 def with_limits(rate: float, low: float | None, high: float | None) -> str:
     """A fraction as percent, with its limits where they are known."""
-    return percent(rate) if low is None or high is None else f"{percent(rate)} [{100 * low:.2f}, {100 * high:.2f}]"
+    return percent(rate) if low is None or high is None else f"{percent(rate)} [{100 * low:.2f},\u00a0{100 * high:.2f}]"
 
 
 def _points(log: Sequence[Row], one: Series) -> Sequence[dict[str, float]]:

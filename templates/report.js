@@ -83,9 +83,9 @@ function startTable(table) {
     button.type = "button";
     heading.replaceChildren(button);
     button.addEventListener("click", () => {
-      const isAscending = heading.ariaSort === "descending";
+      const isAscending = heading.getAttribute("aria-sort") === "descending";
       headings.forEach((other) => other.removeAttribute("aria-sort"));
-      heading.ariaSort = isAscending ? "ascending" : "descending";
+      heading.setAttribute("aria-sort", isAscending ? "ascending" : "descending");
       const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
       const isNumeric = heading.classList.contains("number");
       const rows = [...body.rows].sort((a, b) =>
@@ -156,7 +156,7 @@ function makeUtterance(utterance, clips) {
   const spoken = make("p", "hidden", "reference: " + side(utterance, 0) + ". hypothesis: " + side(utterance, 1) + ".");
   const aligned = make("div", "aligned");
   aligned.dir = "auto";
-  aligned.ariaHidden = "true";
+  aligned.setAttribute("aria-hidden", "true");
   aligned.append(...utterance.pairs.map(makePair));
   item.append(header, spoken, aligned);
   if (!utterance.pairs.length) aligned.append(make("span", "quiet", "no words, neither said nor found"));
@@ -164,7 +164,7 @@ function makeUtterance(utterance, clips) {
     const player = make("audio");
     player.controls = true;
     player.preload = "metadata";
-    player.ariaLabel = "clip " + utterance.id;
+    player.setAttribute("aria-label", "clip " + utterance.id);
     player.src = "data:audio/mpeg;base64," + clips[utterance.id];
     item.append(player);
   }

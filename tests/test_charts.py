@@ -117,5 +117,5 @@ def test_bars(rate: float, low: float | None, high: float | None, limit: float, 
 def test_a_table_of_bars_holds_all_rates() -> None:
     assert bar_limit([0.11, None, 0.42, 0.0]) == 0.6
     assert bar_limit([0.0, None]) == 1.0
-    assert with_limits(0.1234, 0.1, 0.2) == "12.34 % [10.00, 20.00]"
-    assert with_limits(0.1234, None, None) == "12.34 %"
+    assert with_limits(0.1234, 0.1, 0.2) == "12.34\u00a0% [10.00,\u00a020.00]"
+    assert with_limits(0.1234, None, None) == "12.34\u00a0%"
