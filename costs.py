@@ -5,16 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from clock import PHASES
+
 Row = Mapping[str, Any]
 
-# Seconds since the last row, where the log divides its time; what they are.
-TIME_COLUMNS = {
-    "data_seconds": "waiting for data",
-    "compute_seconds": "computing",
-    "communication_seconds": "talking to other processes",
-    "evaluation_seconds": "evaluating",
-    "save_seconds": "saving",
-}
+# What the phases of a run's clock are.
+MEANINGS = dict(
+    zip(PHASES, ("waiting for data", "computing", "waiting for other processes", "evaluating", "saving"), strict=True)
+)
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,13 @@ class Cost:
     Attributes:
         step: optimizer steps done.
         total_steps: of the whole run.
-        elapsed_seconds: of the run, resumes included.
+        elapsed_seconds: of the run, resumes and, once it is finished, the last scoring included.
+        audio_hours_per_hour: trained on per hour of all that; None until the run is finished.
         audio_rate: seconds of audio that a second of updates trains on, mean over that time.
         utterance_rate: utterances per second of updates.
-        padding_fraction: of what was computed, mean over updates.
+        padding_fraction: of what was computed; mean over updates until the run is finished.
         evaluations: how many.
-        time_shares: share of `elapsed_seconds` by what it went into; the rest is under "start, checks and saving".
+        time_shares: share of `elapsed_seconds` by what it went into.
         remaining_seconds: at the pace so far, evaluations included; None for a finished run.
         peak_memory_mb: the highest.
     """
@@ -37,6 +36,7 @@ class Cost:
     step: int
     total_steps: int | None
     elapsed_seconds: float | None
+    audio_hours_per_hour: float | None
     audio_rate: float | None
     utterance_rate: float | None
     padding_fraction: float | None
@@ -55,18 +55,19 @@ def measure_cost(log: Sequence[Row], config: Row, results: Row) -> Cost:
         results: train_results.json; empty for a run that has not finished.
     """
     last = log[-1]
-    step, elapsed = int(last["step"]), last.get("elapsed_seconds")
+    step, elapsed = int(last["step"]), results.get("elapsed_seconds", last.get("elapsed_seconds"))
     total = total_steps(last, config)
     updates = _updates_by_row(log)
     return Cost(
         step,
         total,
         elapsed,
+        results.get("audio_hours_per_hour"),
         _rate("audio_seconds_per_second", updates),
         _rate("samples_per_second", updates),
-        _mean("padding_fraction", updates),
+        results.get("padding_fraction", _mean("padding_fraction", updates)),
         sum("eval_wer" in row for row in log),
-        _time_shares(log, elapsed, results.get("train_runtime")),
+        _time_shares(log, elapsed, results),
         None if results else _remaining_seconds(log, total),
         max((row["peak_memory_mb"] for row in log if "peak_memory_mb" in row), default=None),
     )
@@ -104,20 +105,26 @@ def _mean(name: str, updates: Sequence[tuple[Row, int]]) -> float | None:
     return math.fsum(value * count for value, count in known) / total if total else None
 
 
-def _time_shares(log: Sequence[Row], elapsed: float | None, train_runtime: float | None) -> dict[str, float]:
-    """Shares of the elapsed time, as far as the log and the results know them."""
+def _time_shares(log: Sequence[Row], elapsed: float | None, results: Row) -> dict[str, float]:
+    """Shares of the elapsed time: of the whole run where it is finished, else up to the last row.
+
+    Logs of earlier versions do not divide their time: evaluations are known then, and updates once it is finished.
+    """
     if not elapsed:
         return {}
-    seconds = {
-        meaning: math.fsum(row.get(name, 0.0) for row in log)
-        for name, meaning in TIME_COLUMNS.items()
-        if any(name in row for row in log)
-    }
-    if not seconds and train_runtime:
-        seconds["updates"] = train_runtime
-    if TIME_COLUMNS["evaluation_seconds"] not in seconds:
-        seconds[TIME_COLUMNS["evaluation_seconds"]] = math.fsum(row.get("eval_runtime", 0.0) for row in log)
-    rest = "start, checks and saving" if len(seconds) > 1 else "updates, start, checks and saving"
+    seconds = {}
+    for phase, meaning in MEANINGS.items():
+        column = f"{phase}_seconds"
+        if column in results:
+            seconds[meaning] = results[column]
+        elif any(column in row for row in log):
+            seconds[meaning] = math.fsum(row.get(column, 0.0) for row in log)
+    rest = "start and checks"
+    if not seconds:
+        seconds[MEANINGS["evaluation"]] = math.fsum(row.get("eval_runtime", 0.0) for row in log)
+        rest = "updates, start, checks and saving"
+        if "train_runtime" in results:
+            seconds["updates"], rest = results["train_runtime"], "start, checks and saving"
     seconds[rest] = max(elapsed - math.fsum(seconds.values()), 0.0)
     return {name: value / elapsed for name, value in seconds.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 from atomic import format_bytes
 from charts import PANELS, draw_panel, panel_data, percent
 from config import TrainConfig
-from costs import Cost, measure_cost
+from costs import MEANINGS, Cost, measure_cost
 from markup import Markup, element, join
 from page import facts, rate_table, slice_rows, table, tiles
 from progress import format_seconds
@@ -96,9 +96,8 @@ def cost_card(run: RunFolder) -> Markup:
     if not run.log:
         return element("p", "The log holds no row yet.", class_="empty")
     cost = measure_cost(run.log, run.config, run.results)
-    shares = cost.time_shares
-    is_divided = any(name.startswith("computing") for name in shares)
-    said = None if is_divided or not shares else "The log does not divide updates into waiting for data and computing."
+    is_divided = MEANINGS["compute"] in cost.time_shares
+    said = None if is_divided else "This log does not say how long updates waited for data and how long they computed."
     return join(facts(_cost_facts(cost, run)), element("p", said, class_="quiet") if said else None)
 
 
@@ -110,12 +109,15 @@ def _cost_facts(cost: Cost, run: RunFolder) -> dict[str, object]:
         "oom_retries": "out of memory, redone",
     }
     counted = [f"{int(last[name]):,} {meaning}" for name, meaning in counts.items() if last.get(name)]
-    shares = "; ".join(f"{name} {share:.0%}" for name, share in cost.time_shares.items())
+    shares = "; ".join(f"{name} {share:.1%}" for name, share in cost.time_shares.items())
     return {
         "time of the run": format_seconds(cost.elapsed_seconds) if cost.elapsed_seconds else None,
         "time left": format_seconds(cost.remaining_seconds) if cost.remaining_seconds is not None else None,
         "share of the time": shares or None,
-        "training speed": f"{cost.audio_rate / 3600:.4g} hours of audio per second ({cost.audio_rate:.3g} h per hour)"
+        "of the whole run": f"{cost.audio_hours_per_hour:.3g} hours of audio per hour"
+        if cost.audio_hours_per_hour
+        else None,
+        "speed of updates": f"{cost.audio_rate / 3600:.4g} hours of audio per second ({cost.audio_rate:.3g} h per hour)"
         if cost.audio_rate
         else None,
         "utterances": f"{cost.utterance_rate:.3g} per second of updates" if cost.utterance_rate else None,

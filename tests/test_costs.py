@@ -25,6 +25,7 @@ def test_of_an_unfinished_run() -> None:
         step=10,
         total_steps=20,
         elapsed_seconds=23.0,
+        audio_hours_per_hour=None,
         audio_rate=pytest.approx((10 * 4 + 40 * 4) / 8),
         utterance_rate=pytest.approx(80 / 8),
         padding_fraction=pytest.approx((2 * 0.1 + 8 * 0.05) / 10),
@@ -43,21 +44,29 @@ def test_a_finished_run_knows_its_updates_and_has_no_time_left() -> None:
     )
 
 
+DIVIDED = {"data_seconds": 1.0, "compute_seconds": 6.0, "evaluation_seconds": 2.5, "save_seconds": 0.5}
+
+
 def test_a_log_that_divides_its_time_is_believed() -> None:
-    divided = {"data_seconds": 1.0, "compute_seconds": 6.0, "save_seconds": 0.5, "evaluation_seconds": 4.5}
-    cost = measure_cost([LOG[0], LOG[1] | divided, LOG[2] | divided], {}, {"train_runtime": 8.0})
+    cost = measure_cost([LOG[0], LOG[1] | DIVIDED, LOG[2] | DIVIDED], {}, {})
+    expected = {"waiting for data": 2, "computing": 12, "evaluating": 5, "saving": 1, "start and checks": 3}
+    assert cost.time_shares == pytest.approx({name: seconds / 23 for name, seconds in expected.items()})
+
+
+def test_the_results_of_a_finished_run_know_its_end_too() -> None:
+    results = {"data_seconds": 2.0, "compute_seconds": 12.0, "communication_seconds": 1.0, "evaluation_seconds": 9.0}
+    results |= {"save_seconds": 3.0, "elapsed_seconds": 30.0, "audio_hours_per_hour": 7.5, "padding_fraction": 0.0625}
+    cost = measure_cost([LOG[0], LOG[1] | DIVIDED, LOG[2] | DIVIDED], {}, results | {"train_runtime": 13.0})
+    expected = {"waiting for data": 2, "computing": 12, "waiting for other processes": 1, "evaluating": 9, "saving": 3}
     assert cost.time_shares == pytest.approx(
-        {
-            "waiting for data": 2 / 23, "computing": 12 / 23, "saving": 1 / 23, "evaluating": 9 / 23,
-            "start, checks and saving": 0,
-        }
-    )  # fmt: skip
-    assert sum(cost.time_shares.values()) == pytest.approx(24 / 23), "what it says is not made to fit"
+        {name: seconds / 30 for name, seconds in (expected | {"start and checks": 3}).items()}
+    )
+    assert (cost.elapsed_seconds, cost.audio_hours_per_hour, cost.padding_fraction) == (30.0, 7.5, 0.0625)
 
 
 def test_a_log_with_little_in_it() -> None:
     cost = measure_cost([{"step": 1, "epoch": 0.1}], {}, {})
-    assert cost == Cost(1, None, None, None, None, None, 0, {}, None, None)
+    assert cost == Cost(1, None, None, None, None, None, None, 0, {}, None, None)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,13 @@ def test_figures_are_those_of_the_files(real: Path, page: str) -> None:
         [int(row["step"]), pytest.approx(float(row["train_loss"]), rel=1e-5)] for row in log if row["train_loss"]
     ]
     assert "Finished: 2 updates" in shown
+    assert f"{trained['audio_hours_per_hour']:.3g} hours of audio per hour" in shown
+    for column, name in (
+        ("data_seconds", "waiting for data"),
+        ("compute_seconds", "computing"),
+        ("save_seconds", "saving"),
+    ):
+        assert f"{name} {trained[column] / trained['elapsed_seconds']:.1%}" in shown
     assert "What this report lacks" not in shown
 
 
