@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignment import Pair, align_characters, align_words, count_errors, highlight
-from listing import OTHER, RANDOM, WORST, Listed
+from listing import OTHER, RANDOM, RANDOM_SHOWN, WORST, WORST_SHOWN, Listed
 from markup import Markup, element
 
+CHOICE = f"The worst are the {WORST_SHOWN} with the highest WER; {RANDOM_SHOWN} of the others are drawn at random."
 KINDS = (("", "all"), (WORST, "the worst"), (RANDOM, "the random ones"))
 
 
@@ -76,6 +77,7 @@ class Explorer:
         ]
         return element(
             "div",
+            element("p", CHOICE, class_="quiet") if has_kinds else None,
             [element("p", remark, class_="quiet") for remark in self.remarks],
             _legend(),
             element("div", controls, class_="controls", role="search"),

@@ -1,8 +1,12 @@
-"""Results, runs and data as evaluate.py, train.py and prepare.py leave them, from texts that a test chooses."""
+"""Results, runs and data as evaluate.py, train.py and prepare.py leave them, from texts that a test chooses; and how a
+report is read back."""
 
 import csv
 import json
+import random
+import re
 from collections.abc import Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,18 @@ from data import ShardDataset
 from metrics import COUNT_COLUMNS, score_text
 from runlog import SampleTable, SliceTable, TrainingLog
 
+WORDS = ["zero", "one", "two", "three", "four", "ọ́mọ", "ẹ̀kọ́"]
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    "<!-- <script>",
+    "]]>",
+    '" onmouseover="alert(1)',
+    "' autofocus onfocus='alert(1)",
+    "&lt;b&gt;",
+    "a\u2028b\u2029c",
+    "</title></style>",
+)
 HEADINGS = ("id", "reference", "hypothesis", "seconds", "speaker", *COUNT_COLUMNS, "accent")
 
 
@@ -93,3 +109,37 @@ def write_run(folder: Path, data_dir: Path, samples: Sequence[tuple[str, str, st
     (folder / "environment.json").write_text(json.dumps(environment))
     finding = {"check": "alignment", "result": "3 clips <br>", "verdict": "warning", "remedy": "listen", "facts": {}}
     (folder / "preflight.json").write_text(json.dumps({"findings": [finding], "left_out": {"too_long": 3}}))
+
+
+def make_texts(count: int, seed: int = 1) -> list[tuple[str, str]]:
+    """References of one to five words, and hypotheses with words replaced, lost and inserted."""
+    generator = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        words = generator.choices(WORDS, k=generator.randint(1, 5))
+        found = [word if generator.random() < 0.7 else generator.choice([*WORDS, "", "one two"]) for word in words]
+        texts.append((" ".join(words), " ".join(filter(None, found))))
+    return texts
+
+
+def blocks(page: str) -> dict[str, object]:
+    """The data that the page's script reads, by name."""
+    found = re.findall(r'<script type="application/json" id="([^"]+)">(.*?)</script>', page, re.DOTALL)
+    return {name: json.loads(text) for name, text in found}
+
+
+class Seen(HTMLParser):
+    """Elements, attributes and texts, as a browser's parser tells them apart."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)

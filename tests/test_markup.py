@@ -1,40 +1,11 @@
 """Whatever a text holds, it stays text: in elements, in attributes and in the data of the page's script."""
 
 import json
-from html.parser import HTMLParser
 
 import pytest
+from report_folders import HOSTILE, Seen
 
 from markup import Markup, element, join, json_block
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</script><img src=x onerror=alert(1)>",
-    "<!-- <script>",
-    "]]>",
-    '" onmouseover="alert(1)',
-    "' autofocus onfocus='alert(1)",
-    "&lt;b&gt;",
-    "a\u2028b\u2029c",
-    "</title></style>",
-)
-
-
-class Seen(HTMLParser):
-    """Elements, attributes and texts, as a browser's parser tells them apart."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

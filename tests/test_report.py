@@ -4,7 +4,6 @@ import base64
 import csv
 import hashlib
 import json
-import random
 import re
 import sys
 from collections.abc import Callable
@@ -13,8 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, make_rows, training, write_part, write_recipe
-from report_folders import write_data, write_results, write_run
-from test_markup import HOSTILE, Seen
+from report_folders import HOSTILE, Seen, blocks, make_texts, write_data, write_results, write_run
 
 import evaluate
 import report
@@ -31,7 +29,6 @@ KNOWN_ELEMENTS = {
     *("table", "thead", "tbody", "tr", "th", "td", "details", "summary", "figure", "figcaption", "svg", "path", "line"),
     *("label", "input", "select", "option", "optgroup", "button", "noscript", "output"),
 }
-WORDS = ["zero", "one", "two", "three", "four", "ọ́mọ", "ẹ̀kọ́"]
 
 
 @pytest.fixture
@@ -43,23 +40,6 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Command:
         return exit_status(report.main)
 
     return run
-
-
-def make_texts(count: int, seed: int = 1) -> list[tuple[str, str]]:
-    """References of one to five words, and hypotheses with words replaced, lost and inserted."""
-    generator = random.Random(seed)
-    texts = []
-    for _ in range(count):
-        words = generator.choices(WORDS, k=generator.randint(1, 5))
-        found = [word if generator.random() < 0.7 else generator.choice([*WORDS, "", "one two"]) for word in words]
-        texts.append((" ".join(words), " ".join(filter(None, found))))
-    return texts
-
-
-def blocks(page: str) -> dict[str, object]:
-    """The data that the page's script reads, by name."""
-    found = re.findall(r'<script type="application/json" id="([^"]+)">(.*?)</script>', page, re.DOTALL)
-    return {name: json.loads(text) for name, text in found}
 
 
 def visible(page: str) -> str:
@@ -408,6 +388,12 @@ def test_a_run_whose_wer_stays_at_one_says_its_state(tmp_path: Path, command: Co
     )
     assert command(tmp_path / "run") == 0
     assert "Its state: plateau" in visible((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_folder_may_stand_behind_the_flags(tmp_path: Path, command: Command) -> None:
+    write_results(tmp_path / "found", make_texts(3), write_data(tmp_path / "data", 12))
+    assert command("--output", tmp_path / "x.html", "--no_audio", tmp_path / "found") == 0
+    assert (tmp_path / "x.html").is_file() and not (tmp_path / "found" / "report.html").exists()
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path, command: Command) -> None:

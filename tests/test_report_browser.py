@@ -1,6 +1,5 @@
 """The report in a real browser: sorted, filtered, heard, on a phone, in the dark, and with hostile transcripts."""
 
-import json
 import re
 import shutil
 import sys
@@ -10,9 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_rows
-from report_folders import write_data, write_results, write_run
-from test_markup import HOSTILE
-from test_report import make_texts
+from report_folders import HOSTILE, blocks, make_texts, write_data, write_results, write_run
 
 import report
 from audio import SAMPLE_RATE_HZ
@@ -125,8 +122,7 @@ def tab(browser: "sync_api.Browser", page_file: Path) -> Iterator[Tab]:
 
 def listed(page_file: Path) -> list[dict]:
     """The utterances as the page's data has them."""
-    block = r'<script type="application/json" id="utterances-0-utterances">(.*?)</script>'
-    return json.loads(re.search(block, page_file.read_text(encoding="utf-8"), re.DOTALL)[1])["utterances"]
+    return blocks(page_file.read_text(encoding="utf-8"))["utterances-0-utterances"]["utterances"]
 
 
 def test_sorting(tab: Tab, page_file: Path) -> None:
