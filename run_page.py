@@ -159,12 +159,16 @@ def settings(config: Row) -> Markup | None:
         field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(TrainConfig)
     }
-    changed = [[name, _value(value), _value(defaults.get(name, ""))] for name, value in config.items()
-               if name not in defaults or value != defaults[name]]  # fmt: skip
+    changed = []
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            changed += [[f"{name}: {key}", _value(inner), ""] for key, inner in value.items()]
+        elif name not in defaults or value != defaults[name]:
+            changed.append([name, _value(value), _value(defaults.get(name, ""))])
     others = [[name, _value(value)] for name, value in config.items() if name in defaults and value == defaults[name]]
     return join(
         table(("setting", "value", "default"), changed, class_="settings"),
-        element("details", element("summary", f"{len(others)} settings at their defaults"),
+        element("details", element("summary", f"settings at their defaults ({len(others)})"),
                 table(("setting", "value"), others, class_="settings")),
     )  # fmt: skip
 

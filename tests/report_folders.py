@@ -104,6 +104,7 @@ def write_run(folder: Path, data_dir: Path, samples: Sequence[tuple[str, str, st
               for name, reference, prediction in samples)
         )  # fmt: skip
     config = {"data_dir": str(data_dir), "output_dir": str(folder), "max_steps": 40, "eval_split": "dev"}
+    config |= {"model_config": {"model_type": "wav2vec2", "conv_dim": [32, 64]}, "learning_rate": 3e-4}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     environment = {"python": "3.11", "packages": {"torch": "2.9"}, "command": ["train.py", "--seed", "1 <2>"]}
     (folder / "environment.json").write_text(json.dumps(environment))

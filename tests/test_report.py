@@ -353,6 +353,8 @@ def test_a_run_that_is_still_training(tmp_path: Path, command: Command) -> None:
     assert f"python evaluate.py --model_name_or_path {tmp_path / 'run' / 'model'}" in shown
     assert "too_long 3" in shown and "3 clips <br>" in shown and "--seed '1 <2>'" in shown
     assert set(blocks(page)["samples-clips"]) == {"u3_1", "u3_4"}
+    assert "max_steps 40 -1 model_config: conv_dim 32, 64 model_config: model_type wav2vec2" in shown
+    assert "settings at their defaults (2) setting value eval_split dev learning_rate 0.0003" in shown
 
 
 @pytest.mark.parametrize("name", ["training_log.csv", "eval_slices.csv", "eval_samples.csv", "preflight.json",
