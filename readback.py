@@ -75,7 +75,9 @@ class ResultsFolder:
 
 
 def find_folders(folder: Path) -> tuple[RunFolder | None, list[ResultsFolder]]:
-    """The run and the results that a folder holds: a run with results inside, a run alone, or results alone.
+    """The run and the results that a folder holds: a run with or without results inside, or results alone.
+
+    Results may also lie in folders of their own inside it.
 
     Raises:
         UsageError: it holds neither.

@@ -63,7 +63,7 @@ def main() -> None:
     for one in explorers:
         one.keep_within(LISTING_BYTES // len(explorers))
     data = [json_block(f"{one.identity}-utterances", one.data()) for one in explorers]
-    title = f"{folder.resolve().name}: {'run' if run else 'evaluation'}"
+    title = f"{folder.resolve().name}: {'run' if run else 'evaluation' if len(found) == 1 else 'evaluations'}"
 
     def compose() -> bytes:
         body = show(title, run, evaluations, samples, config)
@@ -126,6 +126,7 @@ def gather_samples(run: RunFolder, config: ReportConfig) -> Explorer:
 
 def add_clips(explorers: Sequence[Explorer], max_bytes: int, config: ReportConfig) -> None:
     """Embed what fits into `max_bytes`, an equal part for each of the explorers that are left; say what does not."""
+    said = set()
     for place, explorer in enumerate(explorers):
         if not config.audio:
             explorer.remarks.append("Clips are left out (--no_audio).")
@@ -138,7 +139,9 @@ def add_clips(explorers: Sequence[Explorer], max_bytes: int, config: ReportConfi
         except UsageError as error:
             remark = f"No clips: {error}. If the data lies elsewhere, give --data_dir."
             explorer.remarks.append(remark)
-            print(remark, file=sys.stderr, flush=True)
+            if remark not in said:
+                print(remark, file=sys.stderr, flush=True)
+            said.add(remark)
             continue
         max_bytes -= sum(map(len, explorer.clips.values()))
         explorer.remarks.append(describe_clips(explorer))
@@ -160,7 +163,8 @@ def show(
 ) -> Markup:
     """The body of the page."""
     if run is None:
-        sections = [part for one in evaluations for part in show_evaluation(one)]
+        # Several: the folder holds results folders, of models to be looked at side by side.
+        sections = list(map(show_inside, evaluations)) if len(evaluations) > 1 else show_evaluation(*evaluations)
     else:
         curves = ("curves", "Curves", run_page.curves(run))
         sections = [curves, *map(show_inside, evaluations), *show_run(run, evaluations, samples, config)]
@@ -227,7 +231,7 @@ def show_evaluation(one: Evaluated) -> list[tuple[str, str, Markup]]:
 
 
 def show_inside(one: Evaluated) -> tuple[str, str, Markup]:
-    """One evaluation of a run, as a section with parts of its own."""
+    """One evaluation of several, or of a run, as a section with parts of its own."""
     parts = show_evaluation(one)
     links = navigation((identity, title) for identity, title, _ in parts)
     content = join(links, [section(identity, title, content, level=3) for identity, title, content in parts])

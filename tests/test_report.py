@@ -432,6 +432,23 @@ def test_data_that_has_moved(tmp_path: Path, command: Command, capsys: pytest.Ca
     assert len(blocks((tmp_path / "found" / "report.html").read_text(encoding="utf-8"))["utterances-0-clips"]) == 12
 
 
+def test_several_results_in_a_folder_are_shown_side_by_side(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture
+) -> None:
+    data = write_data(tmp_path / "data", 12)
+    for name, count in (("first", 10), ("second", 12)):
+        write_results(tmp_path / "all" / name, make_texts(count), data)
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert command(tmp_path / "all") == 0
+    page = (tmp_path / "all" / "report.html").read_text(encoding="utf-8")
+    assert "Evaluation: first" in visible(page) and "Evaluation: second" in visible(page)
+    counts = [len(blocks(page)[f"utterances-{number}-utterances"]["utterances"]) for number in (0, 1)]
+    assert counts == [10, 12]
+    identities = [attributes["id"] for _, attributes in Seen(page).elements if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    assert capsys.readouterr().err.count("No clips: there is no folder") == 1, "the same is said once"
+
+
 def test_other_data_under_the_same_ids_is_not_played(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture
 ) -> None:
