@@ -362,6 +362,34 @@ class TranscribeConfig:
         return found
 
 
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of report.py."""
+
+    positional: ClassVar[str] = "folder"
+
+    folder: str = ""
+    """Run directory of train.py, or results folder of evaluate.py."""
+    output: str | None = None
+    """HTML file to write; report.html in the folder when not given."""
+    data_dir: str | None = None
+    """Folder that prepare.py wrote, for the clips; the one that the run or the results name when not given."""
+    audio: bool = True
+    """Embed the clips of the utterances that are shown first; --no_audio leaves them out, since voices are personal
+    data."""
+    seed: int = 42
+    """Decides which utterances are drawn at random."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        if not self.folder:
+            found.append("name a run directory of train.py or a results folder of evaluate.py: python report.py FOLDER")
+        if not 0 <= self.seed < SEED_LIMIT:
+            found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
+        return found
+
+
 def parse_arguments(config_class: type[Config], arguments: list[str], description: str) -> Config:
     """The settings of one command: defaults, then the YAML file of `--config`, then flags.
 
@@ -373,12 +401,7 @@ def parse_arguments(config_class: type[Config], arguments: list[str], descriptio
     flags = {name: value for name, value in vars(given).items() if value is not None}
     config_path = flags.pop("config", None)
     known = [field.name for field in dataclasses.fields(config_class)]
-    positional = getattr(config_class, "positional", None)
-    if positional is not None:
-        words = [argument for argument in unknown if not argument.startswith("-") or argument == "-"]
-        unknown = [argument for argument in unknown if argument not in words]
-        if words:
-            flags[positional] = [*flags.get(positional, []), *words]
+    unknown = _take_words(config_class, flags, unknown)
     errors = [_unknown_name(argument, known) for argument in unknown if argument.startswith("-")]
     if not errors and unknown:
         errors = [f"{unknown[0]!r} belongs to no flag"]
@@ -433,10 +456,27 @@ def _build_parser(config_class: type, description: str) -> argparse.ArgumentPars
                 f"--no_{field.name}", dest=field.name, action="store_const", const="false", help=argparse.SUPPRESS
             )
         is_positional = field.name == getattr(config_class, "positional", None)
+        if is_positional:
+            options |= {"metavar": field.name} | ({} if _is_list(kind) else {"nargs": "?"})
         parser.add_argument(field.name if is_positional else f"--{field.name}", **options)
     # argparse's own complaints (a flag without its value) become one line like every other error.
     parser.error = _raise_usage_error
     return parser
+
+
+def _take_words(config_class: type, flags: dict[str, Any], unknown: list[str]) -> list[str]:
+    """Words between flags, which argparse knows no place for, are the positional field's; the others stay."""
+    name = getattr(config_class, "positional", None)
+    words = [argument for argument in unknown if not argument.startswith("-") or argument == "-"]
+    if name is None or not words:
+        return unknown
+    if _is_list(typing.get_type_hints(config_class)[name]):
+        flags[name] = [*flags.get(name, []), *words]
+        return [argument for argument in unknown if argument not in words]
+    if name not in flags:
+        flags[name] = words[0]
+        unknown.remove(words[0])
+    return unknown
 
 
 def _raise_usage_error(message: str) -> typing.NoReturn:

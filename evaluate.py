@@ -62,6 +62,7 @@ from results import (
     write_results,
     write_utterances,
 )
+from runlog import REPORT_FILE, report_line
 from scoring import Evaluation, evaluate, named_limits
 from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
 from stopping import StopSignals, end_loaders
@@ -94,6 +95,8 @@ def main() -> None:
         if config.compare and accelerator.is_main_process:
             other = read_utterances(folder / COMPARED_FOLDER) if other is None else other
             report_comparison(config, folder, other)
+        if accelerator.is_main_process:
+            print(report_line(folder), flush=True)
     finally:
         end_loaders()
         accelerator.end_training()
@@ -122,7 +125,7 @@ def choose_results_folder(config: EvaluateConfig) -> Path:
     model = Path(config.model_name_or_path)
     beside = model.parent if model.is_dir() else Path()
     folder = Path(config.output_dir) if config.output_dir else beside / f"evaluation_{config.split}"
-    known = {RESULTS_FILE, UTTERANCES_FILE, DROPS_FILE, COMPARED_FOLDER, COMPARISON_FILE}
+    known = {RESULTS_FILE, UTTERANCES_FILE, DROPS_FILE, COMPARED_FOLDER, COMPARISON_FILE, REPORT_FILE}
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder for the results with --output_dir")
     foreign = sorted({path.name for path in folder.iterdir()} - known) if folder.is_dir() else []
@@ -155,7 +158,7 @@ def clear_results(folder: Path) -> None:
     The results say that a folder is complete: they go first and come last.
     """
     with reporting_disk_errors(folder):
-        for name in (RESULTS_FILE, COMPARISON_FILE, UTTERANCES_FILE, DROPS_FILE):
+        for name in (RESULTS_FILE, COMPARISON_FILE, UTTERANCES_FILE, DROPS_FILE, REPORT_FILE):
             (folder / name).unlink(missing_ok=True)
         if (folder / COMPARED_FOLDER).is_dir():
             shutil.rmtree(folder / COMPARED_FOLDER)
@@ -348,7 +351,7 @@ def make_results(
 def report_comparison(config: EvaluateConfig, folder: Path, other: Utterances) -> None:
     """Both results side by side, on the screen and in comparison.json."""
     found = compare(read_utterances(folder), other)
-    write_atomically(folder / COMPARISON_FILE, json.dumps(found.facts() | {"other": config.compare}, indent=1))
+    write_atomically(folder / COMPARISON_FILE, json.dumps(found.facts() | {"other_model": config.compare}, indent=1))
     print("\n".join(found.lines(config.compare, config.model_name_or_path)), flush=True)
 
 

@@ -67,7 +67,7 @@ TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
     *("config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv"),
-    *("eval_slices.csv", "bad_batches.csv", "train_results.json", "checkpoints"),
+    *("eval_slices.csv", "bad_batches.csv", "train_results.json", "checkpoints", runlog.REPORT_FILE),
     *("model", "model.new", "model.rejected", roundtrip.PROBE_FILE),
     *(*preflight.REPORT_FILES, TRACKER_PROJECT, "wandb"),
 )

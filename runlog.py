@@ -6,6 +6,7 @@ import io
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,8 @@ SLICE_COLUMNS = ("step", "slice", "group", "utterances", "wer", "wer_low", "wer_
 SAMPLE_COLUMNS = ("step", "id", "reference", "prediction")
 # `step` as in the log, which the update would have brought about; `loss` is the sum over the clip's labels.
 BAD_BATCH_COLUMNS = ("step", "id", "seconds", "labels", "loss")
+# What report.py makes of it all.
+REPORT_FILE = "report.html"
 PACKAGES = (
     "torch", "torchaudio", "transformers", "accelerate", "huggingface_hub", "safetensors", "tokenizers", "soundfile",
     "jiwer", "numpy", "pandas", "pyarrow",
@@ -171,6 +174,11 @@ def read_log(path: Path) -> "pandas.DataFrame":
     import pandas
 
     return pandas.read_csv(io.BytesIO(_whole_lines(path.read_bytes())))
+
+
+def report_line(folder: Path) -> str:
+    """For the end of a screen: the command that shows what a folder holds."""
+    return f"report: {shlex.join(['python', 'report.py', str(folder)])}"
 
 
 def draw_training_curve(log: "pandas.DataFrame", path: Path, title: str = "") -> None:

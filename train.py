@@ -34,6 +34,7 @@ from processes import start_processes
 from progress import Progress, format_seconds
 from recovery import failing_by_name
 from run import Run, choose_beginning
+from runlog import report_line
 from schedule import learning_rate_at
 from scoring import OTHER_IS_OUT_OF_MEMORY, Evaluation, describe_limits, evaluate, rates, score_in_cuts
 from slices import describe_slice
@@ -282,6 +283,7 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
     return [
         *lines,
         f"  log {folder / 'training_log.csv'}, plot {folder / 'training_curve.png'}, model {folder / 'model'}",
+        report_line(folder),
         f'use it: python -c "{"; ".join(card.usage(folder / "model", clip))}"',
     ]
 

@@ -181,6 +181,8 @@ def test_comparison_with_results_and_with_a_model(
     own, theirs = read_results(tmp_path / "both"), read_results(tmp_path / "both" / "compared")
     comparison = json.loads((tmp_path / "both" / "comparison.json").read_text())
     wer, cer = comparison["differences"]
+    assert comparison["other_model"] == str(other)
+    assert comparison["other"][0]["rate"] == pytest.approx(theirs["wer"])
     assert wer["interval"]["rate"] == pytest.approx(own["wer"] - theirs["wer"])
     assert cer["interval"]["rate"] == pytest.approx(own["cer"] - theirs["cer"])
     assert wer["interval"]["low"] <= wer["interval"]["rate"] <= wer["interval"]["high"]

@@ -1,0 +1,205 @@
+"""What a run and its evaluations left behind, read back; a piece that is missing or damaged is named, not an error."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from errors import UsageError
+from runlog import SAMPLE_COLUMNS, SLICE_COLUMNS, read_log
+
+Content = TypeVar("Content")
+Row = dict[str, Any]
+
+RUN_MARKS = ("training_log.csv", "config.yaml", "train_results.json")
+RESULTS_FILE, UTTERANCES_FILE, COMPARISON_FILE = "results.json", "utterances.csv", "comparison.json"
+
+
+@dataclass
+class RunFolder:
+    """A run directory of train.py; what is missing is empty, and named in `missing`.
+
+    Attributes:
+        folder: the directory.
+        log: rows of training_log.csv; empty fields are left out of a row, as are values that are not finite.
+        log_time: when the log was last written to, in seconds since the epoch; None without a log.
+        results: train_results.json, which only a finished run has.
+        config: config.yaml.
+        environment: environment.json.
+        slices: rows of eval_slices.csv of the last evaluation.
+        samples: rows of eval_samples.csv of the last evaluation.
+        preflight: preflight.json.
+        missing: a line for each piece that is not there.
+    """
+
+    folder: Path
+    log: list[Row] = field(default_factory=list)
+    log_time: float | None = None
+    results: Row = field(default_factory=dict)
+    config: Row = field(default_factory=dict)
+    environment: Row = field(default_factory=dict)
+    slices: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    preflight: Row = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return bool(self.results)
+
+
+@dataclass
+class ResultsFolder:
+    """A folder of evaluate.py; what is missing is empty, and named in `missing`.
+
+    Attributes:
+        folder: the directory.
+        results: results.json.
+        comparison: comparison.json, which only --compare writes.
+        utterances: path of utterances.csv, or None.
+        missing: a line for each piece that is not there.
+    """
+
+    folder: Path
+    results: Row = field(default_factory=dict)
+    comparison: Row = field(default_factory=dict)
+    utterances: Path | None = None
+    missing: list[str] = field(default_factory=list)
+
+
+def find_folders(folder: Path) -> tuple[RunFolder | None, list[ResultsFolder]]:
+    """The run and the results that a folder holds: a run with or without results inside, or results alone.
+
+    Results may also lie in folders of their own inside it.
+
+    Raises:
+        UsageError: it holds neither.
+    """
+    if not folder.is_dir():
+        kind = "is not a folder" if folder.exists() else "does not exist"
+        raise UsageError(f"{folder} {kind}: name a run directory of train.py or a results folder of evaluate.py")
+    run = read_run(folder) if any((folder / name).is_file() for name in RUN_MARKS) else None
+    inside = sorted(path.parent for path in folder.glob(f"*/{RESULTS_FILE}"))
+    own = [folder] if run is None and _holds_results(folder) else []
+    found = [read_results(one) for one in own or inside]
+    if run is None and not found:
+        raise UsageError(
+            f"{folder} is neither a run directory of train.py (training_log.csv, config.yaml) nor a results folder of "
+            "evaluate.py (results.json, utterances.csv): name one of these"
+        )
+    return run, found
+
+
+def read_run(folder: Path) -> RunFolder:
+    """All pieces of a run directory."""
+    run = RunFolder(folder)
+    reader = _Reader(folder, run.missing)
+    log = reader.read("training_log.csv", _read_log, "no curves and no cost")
+    if log is not None:
+        run.log, run.log_time = log, (folder / "training_log.csv").stat().st_mtime
+    run.config = reader.read("config.yaml", _read_yaml, "no settings") or {}
+    run.environment = reader.read("environment.json", _read_json, "no machine and packages") or {}
+    run.results = _Reader(folder, []).read("train_results.json", _read_json, "") or {}
+    run.samples = reader.read("eval_samples.csv", _newest(SAMPLE_COLUMNS), "no samples of dev") or []
+    run.slices = reader.read("eval_slices.csv", _newest(SLICE_COLUMNS), "no slices of dev") or []
+    run.preflight = reader.read("preflight.json", _read_json, "no checks before step 1") or {}
+    if not run.results:
+        run.missing.append(
+            "train_results.json is not there: the run is not finished, or was stopped; figures are those so far"
+        )
+    return run
+
+
+def read_results(folder: Path) -> ResultsFolder:
+    """All pieces of a results folder."""
+    found = ResultsFolder(folder)
+    reader = _Reader(folder, found.missing)
+    remedy = "run evaluate.py again"
+    found.results = reader.read(RESULTS_FILE, _read_json, f"no intervals, slices and letters; {remedy}") or {}
+    if (folder / COMPARISON_FILE).is_file():
+        found.comparison = reader.read(COMPARISON_FILE, _read_comparison, "no comparison") or {}
+    if (folder / UTTERANCES_FILE).is_file():
+        found.utterances = folder / UTTERANCES_FILE
+    else:
+        found.missing.append(f"{UTTERANCES_FILE} is not there: no utterances, confusions and durations; {remedy}")
+    return found
+
+
+def read_table(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file, one by one."""
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _holds_results(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (RESULTS_FILE, UTTERANCES_FILE))
+
+
+@dataclass
+class _Reader:
+    """Reads pieces of a folder; what cannot be read becomes a line in `missing`."""
+
+    folder: Path
+    missing: list[str]
+
+    def read(self, name: str, parse: Callable[[Path], Content], lost: str) -> Content | None:
+        try:
+            return parse(self.folder / name)
+        except FileNotFoundError:
+            self.missing.append(f"{name} is not there: {lost}")
+        except (OSError, ValueError, csv.Error, yaml.YAMLError) as error:
+            self.missing.append(f"{name} cannot be read ({' '.join(str(error).split())[:200]}): {lost}")
+        return None
+
+
+def _read_log(path: Path) -> list[Row]:
+    rows = [
+        {name: value for name, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        for row in read_log(path).to_dict("records")
+    ]
+    if any("step" not in row or "epoch" not in row for row in rows):
+        raise ValueError("a row without step or epoch")
+    return rows
+
+
+def _read_json(path: Path) -> Row:
+    return _mapping(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_yaml(path: Path) -> Row:
+    return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _mapping(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} where names and values belong")
+    return value
+
+
+def _read_comparison(path: Path) -> Row:
+    found = _read_json(path)
+    if "other_model" not in found:
+        raise ValueError("another version of evaluate.py wrote it")
+    return found
+
+
+def _newest(columns: Sequence[str]) -> Callable[[Path], list[Row]]:
+    """Reads the rows of the last step from a table with these columns."""
+
+    def read(path: Path) -> list[Row]:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # A run may be in the midst of writing its last row.
+        table = csv.DictReader(io.StringIO(whole))
+        if lacking := set(columns) - set(table.fieldnames or ()):
+            raise ValueError(f"without the columns {', '.join(sorted(lacking))}")
+        rows = list(table)
+        return [row for row in rows if row["step"] == rows[-1]["step"]]
+
+    return read
