@@ -27,27 +27,24 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from atomic import nearest_existing, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
-from cache import FactCache
 from comparison import compare
-from config import DEFAULT_CHARACTERS_TO_IGNORE, EvaluateConfig, TrainConfig, parse_arguments
-from data import Batch, Collator, CutSettings, ShardDataset, has_utterances
+from config import EvaluateConfig, parse_arguments
+from data import Batch, ShardDataset, has_utterances
 from intervals import CONFIDENCE, share_of_units
-from memory import MemoryLimit, limit_bytes
 from metrics import LetterCounts, TextScore
-from model import forward_with_loss
-from pretrained import find_checkpoint_folder, load_model
-from processes import RankStatus, describe_processes, main_first, start_processes
-from recovery import Cuts, failing_by_name, release_memory
+from model_scorer import ModelScorer
+from pretrained import find_checkpoint_folder
+from processes import describe_processes, main_first, start_processes
+from recovery import failing_by_name, release_memory
 from results import (
     COMPARISON_FILE,
     DROPS_FILE,
@@ -64,13 +61,9 @@ from results import (
 )
 from scoring import Evaluation, evaluate, named_limits
 from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
-from stopping import StopSignals, end_loaders
-from text import RULES_FILE, TextNormalizer, Vocabulary
-from transcripts import measure_texts
+from stopping import end_loaders
 
 COMPARED_FOLDER = "compared"
-# What a request to stop is answered with, and how it ends where that takes too long.
-ANSWER_TO_STOP = ("ending behind this batch, earlier results are kept", "in the midst of a batch")
 OUT_OF_MEMORY_REMEDY = "lower --per_device_eval_batch_size, or set --max_batch_seconds"
 
 
@@ -159,96 +152,6 @@ def clear_results(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         if (folder / COMPARED_FOLDER).is_dir():
             shutil.rmtree(folder / COMPARED_FOLDER)
-
-
-@dataclass(frozen=True)
-class KnownTexts:
-    """A normalizer whose texts hold no character that the vocabulary lacks (--unknown drop_character)."""
-
-    normalizer: TextNormalizer
-    vocabulary: Vocabulary
-
-    def __call__(self, text: str) -> str:
-        """Normalise one transcript."""
-        return self.vocabulary.without_unknown(self.normalizer(text))
-
-
-class ModelScorer:
-    """A model with its text rules and a split: what `scoring.evaluate` needs."""
-
-    def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.dataset = ShardDataset(Path(config.data_dir) / config.split)
-        name = config.model_name_or_path
-        settings = TrainConfig(model_name_or_path=name, vocabulary="model")
-        with main_first(accelerator):
-            self.loaded = load_model(settings, lambda: [])
-            self.rules = read_rules(find_checkpoint_folder(name), config)
-        if not self.loaded.head_fits:
-            raise UsageError(f"{name} has no head for its vocabulary, it cannot write yet: fine-tune it with train.py")
-        self.model = self.loaded.model.to(accelerator.device)
-        self.vocabulary = self.loaded.vocabulary
-        self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, **self.rules)
-        drops = config.unknown == "drop_character"
-        self.collate = Collator(
-            KnownTexts(self.normalizer, self.vocabulary) if drops else self.normalizer,
-            self.vocabulary,
-            self.loaded.processor.feature_extractor.do_normalize,
-            self.model.hf.config,
-            config.seed,
-        )
-        with main_first(accelerator):
-            cache = FactCache(Path(config.data_dir))
-            self.texts = measure_texts(self.dataset, self.normalizer, self.vocabulary, cache)
-        self.eval_cut = CutSettings(
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.per_device_eval_batch_size,
-            config.max_batch_seconds,
-        )
-        self.eval_cuts = Cuts("evaluation", "cut the clip, or use more memory", self._report)
-        limit_bytes(accelerator.device, config.memory_limit_mb)  # makes a GPU's allocator keep it
-        self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
-        self.status = RankStatus(accelerator, config.ddp_timeout)
-        self.stop = StopSignals(None, time.monotonic(), *ANSWER_TO_STOP)
-        self.num_workers = config.dataloader_num_workers
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, in the launcher's precision."""
-        with self.accelerator.autocast():
-            return forward_with_loss(self.model, batch.to(self.accelerator.device), self.vocabulary.blank_id)
-
-    def choose_rows(self) -> tuple[np.ndarray, list[tuple[str, str]]]:
-        """The rows to score, and (id, unknown letters) of those that --unknown drop_utterance leaves out."""
-        rows, dropped = np.arange(len(self.dataset)), []
-        if self.config.unknown == "drop_utterance" and self.texts.coverage.unknown:
-            is_kept = np.ones(len(rows), bool)
-            columns = zip(self.dataset.column("id"), self.dataset.column("text"), strict=True)
-            for row, (utterance_id, text) in enumerate(columns):
-                normalised = self.normalizer(text)
-                if lacking := sorted(set(normalised) - set(self.vocabulary.without_unknown(normalised)) - {" "}):
-                    is_kept[row] = False
-                    dropped.append((utterance_id, "".join(lacking)))
-            rows = rows[is_kept]
-        if not len(rows):
-            raise UsageError("--unknown drop_utterance leaves no utterance: every text holds letters without a label")
-        return rows, dropped
-
-    def _report(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
-
-def read_rules(folder: Path, config: EvaluateConfig) -> dict[str, str]:
-    """Case and characters to ignore: the flags', else those of the model's training, else train.py's defaults."""
-    rules = {"characters_to_ignore": DEFAULT_CHARACTERS_TO_IGNORE, "case": "auto"}
-    path = folder / RULES_FILE
-    if path.is_file():
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            rules = {name: str(saved[name]) for name in rules}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is damaged ({error!r}): give --case and --characters_to_ignore") from error
-    return {name: getattr(config, name) if getattr(config, name) is not None else rules[name] for name in rules}
 
 
 def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> dict[str, str]:

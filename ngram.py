@@ -9,6 +9,7 @@ only one that writes ARPA files, gives next words probabilities that sum to 1.1 
 N: n-grams of one order; a context is known by its place among the n-grams of the order below.
 """
 
+import itertools
 import shutil
 import subprocess
 import tempfile
@@ -143,7 +144,7 @@ def count_grams(tokens: np.ndarray, num_words: int, order: int) -> list[Grams]:
 def _adjusted_counts(grams: list[Grams]) -> list[np.ndarray]:
     """Kneser-Ney's counts: how many words stand before an n-gram; occurrences where none can, and at the top."""
     adjusted = []
-    for level, above in zip(grams, grams[1:], strict=False):
+    for level, above in itertools.pairwise(grams):
         extensions = np.bincount(above.suffixes, minlength=len(level.words))
         adjusted.append(np.where(level.begins, level.counts, extensions))
     adjusted.append(grams[-1].counts.copy())
@@ -215,4 +216,3 @@ def _run(command: list[str], name: str, stdin: BinaryIO | None = None) -> None:
     if done.returncode:
         said = (done.stderr.strip() or f"status {done.returncode}").splitlines()[-1]
         raise RunFailed(f"{name} failed: {said}; take it off the PATH to do without it")
-
