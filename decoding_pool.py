@@ -6,9 +6,10 @@ T: frames, V: outputs of the recogniser's head.
 """
 
 import contextlib
+import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ from text import Vocabulary
 Item = TypeVar("Item")
 # Utterances under way for each process; their log-probabilities are in memory.
 UNDER_WAY = 4
+
+
+def choose_num_workers(beam_workers: int, local_processes: int = 1) -> int:
+    """Decoding processes of one rank: those asked for, or for -1 its share of the cores that this program may use."""
+    if beam_workers != -1:
+        return beam_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // local_processes, 1)
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,16 @@ class DecodingPool(Generic[Item]):
                 self._under_way[0][1].done() or len(self._under_way) > UNDER_WAY * self._num_workers
             ):
                 yield self._take()
+
+    def decode(self, utterances: Iterable[tuple[Item, np.ndarray]]) -> Iterator[Finished[Item]]:
+        """All of them, in their order.
+
+        Raises:
+            RunFailed: a process died.
+        """
+        for item, log_probs_TV in utterances:
+            yield from self.submit(item, log_probs_TV)
+        yield from self.finish()
 
     def finish(self) -> Iterator[Finished[Item]]:
         """Wait for all that are left.
