@@ -416,7 +416,7 @@ class TuneConfig:
     """Split to tune on; never the one that the result is judged by."""
     max_eval_samples: int = 500
     """Use at most this many utterances, a fixed, stratified subset."""
-    beam_size: int = 100
+    beam_size: int = 50
     """Hypotheses kept at each frame."""
     beam_workers: int = -1
     """Decoding processes; -1 takes one per core, 0 decodes in the process itself."""

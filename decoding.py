@@ -30,10 +30,8 @@ from config import BuildLMConfig, TuneConfig, parse_arguments
 from language_model import (
     SPACE_TOKEN,
     LanguageModel,
-    build_language_model,
     can_spell,
     check_spelling,
-    describe_build,
     open_language_model,
 )
 from text import Vocabulary
@@ -45,7 +43,7 @@ INSTALL = "pip install -e '.[lm]'"
 BLANK_TOKEN, UNKNOWN_WORD = "<blank>", "<unk>"
 # Of a column that no hypothesis may take: the search drops what falls so far behind.
 IMPOSSIBLE = -1e4
-DEFAULT_BEAM_SIZE = 100
+DEFAULT_BEAM_SIZE = 50
 # Hypotheses this much (nats) behind the best are dropped.
 BEAM_THRESHOLD = 30.0
 
@@ -227,11 +225,14 @@ def _quiet_stderr() -> Iterator[None]:
 def main() -> None:
     """`build-lm` or `tune`."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    # Both import transformers, which takes 8 s and which a decoding process does not need.
     if command == "build-lm":
+        from lm_building import build_language_model, describe_build
+
         config = parse_arguments(BuildLMConfig, arguments, BuildLMConfig.__doc__)
         print("\n".join(describe_build(Path(config.out), build_language_model(config))), flush=True)
     elif command == "tune":
-        from tuning import tune  # The recogniser needs transformers, which takes 8 s to import.
+        from tuning import tune
 
         tune(parse_arguments(TuneConfig, arguments, TuneConfig.__doc__))
     elif command in ("-h", "--help"):

@@ -67,7 +67,7 @@ class DecodingPool(Generic[Item]):
             with without_interrupts():
                 self._executor = ProcessPoolExecutor(
                     self._num_workers,
-                    mp_context=fork_server("torchaudio.models.decoder"),
+                    mp_context=fork_server("torchaudio.models.decoder", __name__),
                     initializer=_initialize_worker,
                     initargs=self._recipe,
                 )
