@@ -280,6 +280,16 @@ class EvaluateConfig:
     compare: str | None = None
     """Results of another model on the same split (a folder that evaluate.py wrote), or another model, which is then
     scored too."""
+    lm: str | None = None
+    """Language model (a folder that decoding.py build-lm wrote): its beam search beside the greedy texts."""
+    lm_weight: float | None = None
+    """Weight of the language model; what decoding.py tune found when not given."""
+    word_score: float | None = None
+    """Added for each word, or each frame of a space for a character model; what tune found when not given."""
+    beam_size: int | None = None
+    """Hypotheses kept at each frame; those of tune, or 50, when not given."""
+    beam_workers: int = -1
+    """Decoding processes of each process; -1 takes its share of the cores, 0 decodes in the process itself."""
     unknown: Literal["count", "drop_character", "drop_utterance"] = "count"
     """Letters that the vocabulary lacks: `count` as errors, `drop_character` from the references, or `drop_utterance`
     to score only the others."""
@@ -314,6 +324,15 @@ class EvaluateConfig:
                 found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
         if self.dataloader_num_workers < 0:
             found.append(f"--dataloader_num_workers is {self.dataloader_num_workers}, it cannot be negative")
+        if self.beam_workers < -1:
+            found.append(f"--beam_workers is {self.beam_workers}, give at least 0, or -1 for a share of the cores")
+        for name in ("lm_weight", "word_score", "beam_size"):
+            if getattr(self, name) is not None and self.lm is None:
+                found.append(f"--{name} belongs to a language model: name its folder with --lm")
+        if self.lm_weight is not None and self.lm_weight < 0:
+            found.append(f"--lm_weight is {self.lm_weight}, it cannot be negative")
+        if self.beam_size is not None and self.beam_size < 1:
+            found.append(f"--beam_size is {self.beam_size}, at least 1 is needed")
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found

@@ -2,6 +2,7 @@
 
     python evaluate.py --model_name_or_path runs/en/model --data_dir data/en --split test
     python evaluate.py ... --slices gender age accents duration
+    python evaluate.py ... --lm lm                                    (a folder that decoding.py build-lm wrote)
     python evaluate.py ... --compare facebook/wav2vec2-large-960h     (or a folder that evaluate.py wrote)
     accelerate launch --multi_gpu --num_processes 2 evaluate.py ...   (each utterance is scored once, on one of them)
 
@@ -32,7 +33,6 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from atomic import nearest_existing, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
@@ -40,17 +40,17 @@ from comparison import compare
 from config import EvaluateConfig, parse_arguments
 from data import Batch, ShardDataset, has_utterances
 from intervals import CONFIDENCE, share_of_units
-from metrics import LetterCounts, TextScore
+from metrics import TextScore
 from model_scorer import ModelScorer
 from pretrained import find_checkpoint_folder
 from processes import describe_processes, main_first, start_processes
+from readings import BeamReading, GreedyReading, describe_reading, print_error_classes
 from recovery import failing_by_name, release_memory
 from results import (
     COMPARISON_FILE,
     DROPS_FILE,
     RESULTS_FILE,
     UTTERANCES_FILE,
-    TextSpool,
     Utterances,
     describe_letters,
     print_results,
@@ -63,7 +63,7 @@ from scoring import Evaluation, evaluate, named_limits
 from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
 from stopping import end_loaders
 
-COMPARED_FOLDER = "compared"
+COMPARED_FOLDER, LM_FOLDER = "compared", "lm"
 OUT_OF_MEMORY_REMEDY = "lower --per_device_eval_batch_size, or set --max_batch_seconds"
 
 
@@ -82,7 +82,8 @@ def main() -> None:
             release_memory()
             # Both are judged by the same texts; the case is each vocabulary's own.
             rules = {"characters_to_ignore": rules["characters_to_ignore"]}
-            compared = replace(config, model_name_or_path=config.compare, **rules)
+            # As the model itself hears, since a language model's weights are those of one recogniser.
+            compared = replace(config, model_name_or_path=config.compare, lm=None, **rules)
             score_and_report(compared, folder / COMPARED_FOLDER, accelerator)
         if config.compare and accelerator.is_main_process:
             other = read_utterances(folder / COMPARED_FOLDER) if other is None else other
@@ -115,7 +116,7 @@ def choose_results_folder(config: EvaluateConfig) -> Path:
     model = Path(config.model_name_or_path)
     beside = model.parent if model.is_dir() else Path()
     folder = Path(config.output_dir) if config.output_dir else beside / f"evaluation_{config.split}"
-    known = {RESULTS_FILE, UTTERANCES_FILE, DROPS_FILE, COMPARED_FOLDER, COMPARISON_FILE}
+    known = {RESULTS_FILE, UTTERANCES_FILE, DROPS_FILE, COMPARED_FOLDER, LM_FOLDER, COMPARISON_FILE}
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder for the results with --output_dir")
     foreign = sorted({path.name for path in folder.iterdir()} - known) if folder.is_dir() else []
@@ -150,47 +151,64 @@ def clear_results(folder: Path) -> None:
     with reporting_disk_errors(folder):
         for name in (RESULTS_FILE, COMPARISON_FILE, UTTERANCES_FILE, DROPS_FILE):
             (folder / name).unlink(missing_ok=True)
-        if (folder / COMPARED_FOLDER).is_dir():
-            shutil.rmtree(folder / COMPARED_FOLDER)
+        for name in (COMPARED_FOLDER, LM_FOLDER):
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
 
 
 def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> dict[str, str]:
     """One model: score it, write its folder, print its screen. Returns the text rules that it was scored by."""
-    scorer = ModelScorer(config, accelerator)
+    scorer = ModelScorer(config, accelerator, keeps_log_probs=config.lm is not None)
     rows, dropped = scorer.choose_rows()
     trained, known = find_trained(config)
     if config.max_eval_samples is not None and config.max_eval_samples < len(rows):
         rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
     breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)
     scorer.status.by_first(accelerator.is_main_process, lambda: make_folder(folder))
-    letters = LetterCounts()
-    with TextSpool() as spool, scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY):
+    with scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY), contextlib.ExitStack() as stack:
+        readings = [stack.enter_context(GreedyReading(scorer))]
+        if config.lm is not None:
+            readings.append(stack.enter_context(BeamReading.of(config, scorer, rows)))
 
         def see(batch: Batch, texts: list[TextScore]) -> None:
-            for row, reference, text in zip(batch.rows.tolist(), batch.texts, texts, strict=True):
-                spool.add(row, reference, text.hypothesis)
-                letters.add(reference, text.hypothesis)
+            for reading in readings:
+                reading.see(batch, texts)
 
         started_at = time.monotonic()
         evaluation = evaluate(scorer, scorer.dataset, rows, f"scoring {config.split}", see)
+        outcomes = [reading.finish(evaluation) for reading in readings]
         seconds = time.monotonic() - started_at
-        spool.collect(accelerator, scorer.status)
-        results = make_results(scorer, evaluation, breakdown, seconds)
-        results |= {
-            "known_of_training": known,
-            "letters": describe_letters(sum(gather_object([letters]), LetterCounts())),
-        }
+        results = [
+            make_results(scorer, outcome.evaluation, breakdown, seconds)
+            | {"known_of_training": known, "letters": describe_letters(outcome.letters), **outcome.facts}
+            for outcome in outcomes
+        ]
 
         def write() -> None:
             clear_results(folder)
-            write_utterances(folder / UTTERANCES_FILE, scorer.dataset, evaluation, spool)
-            write_drops(folder / DROPS_FILE, config.split, dropped)
-            write_results(folder, results)
-            print_results(results)
+            # The folder itself is complete when those within it are.
+            for place, outcome, own in reversed([*zip((folder, folder / LM_FOLDER), outcomes, results, strict=False)]):
+                place.mkdir(exist_ok=True)
+                write_utterances(place / UTTERANCES_FILE, scorer.dataset, outcome.evaluation, outcome.texts)
+                write_drops(place / DROPS_FILE, config.split, dropped)
+                write_results(place, own)
+            print_results(results[0])
             print(f"written to {folder}: {RESULTS_FILE}, {UTTERANCES_FILE}", flush=True)
+            if config.lm is not None:
+                report_language_model(folder, results[1])
 
         scorer.status.by_first(accelerator.is_main_process, write)
     return scorer.rules
+
+
+def report_language_model(folder: Path, results: dict[str, object]) -> None:
+    """Greedy and with the language model side by side, on the screen and in lm/comparison.json."""
+    found = compare(read_utterances(folder / LM_FOLDER), read_utterances(folder))
+    facts = found.facts() | {"other": str(folder), "error_classes": results["error_classes"]}
+    write_atomically(folder / LM_FOLDER / COMPARISON_FILE, json.dumps(facts, indent=1))
+    print("\n".join((*describe_reading(results), *found.lines("greedy", "with the LM"))), flush=True)
+    print_error_classes(results["error_classes"])
+    print(f"written to {folder / LM_FOLDER}: the same files for these texts, {COMPARISON_FILE}", flush=True)
 
 
 def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:
