@@ -165,10 +165,12 @@ def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelera
         rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
     breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)
     scorer.status.by_first(accelerator.is_main_process, lambda: make_folder(folder))
+    readings = [GreedyReading(scorer)]
+    if config.lm is not None:
+        readings.append(BeamReading.of(config, scorer, rows))
     with scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY), contextlib.ExitStack() as stack:
-        readings = [stack.enter_context(GreedyReading(scorer))]
-        if config.lm is not None:
-            readings.append(stack.enter_context(BeamReading.of(config, scorer, rows)))
+        for reading in readings:
+            stack.enter_context(reading)
 
         def see(batch: Batch, texts: list[TextScore]) -> None:
             for reading in readings:
