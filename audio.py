@@ -276,7 +276,9 @@ class ClipPool:
         self._stack.enter_context(without_main_module())
         with without_interrupts():
             self._executor = ProcessPoolExecutor(
-                self.num_workers, mp_context=_process_context(), initializer=_initialize_worker
+                self.num_workers,
+                mp_context=fork_server("soundfile", "torchaudio.transforms"),
+                initializer=_initialize_worker,
             )
             for _ in range(self.num_workers):
                 self._executor.submit(_import_resampling)
@@ -339,16 +341,21 @@ def without_interrupts() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _process_context() -> multiprocessing.context.BaseContext:
+def fork_server(*modules: str) -> multiprocessing.context.BaseContext:
+    """How child processes start; those of the first pool of a process import `modules` once for all."""
     # Never fork: the caller may hold threads (torch, pyarrow). A fork server is as safe and imports torch only once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["soundfile", "torchaudio.transforms"])
+    context.set_forkserver_preload(list(modules))
     return context
 
 
-def _initialize_worker() -> None:
-    # A worker must not outlive its parent, however that dies.
+def end_with_parent_process() -> None:
+    """A worker must not outlive its parent, however that dies."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _initialize_worker() -> None:
+    end_with_parent_process()
     # The MP3 decoder writes several lines about every damaged file; what matters comes back as an error.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 

@@ -24,13 +24,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from errors import UsageError
+from text import DEFAULT_RULES
 
 Config = TypeVar("Config")
 SEED_LIMIT = 2**32
 # Attention takes memory with the square of a window.
 MAX_CHUNK_SECONDS = 120.0
-# The English seed's list, field-notes section 4.
-DEFAULT_CHARACTERS_TO_IGNORE = ',?.!-;:"'
+DEFAULT_CHARACTERS_TO_IGNORE = DEFAULT_RULES["characters_to_ignore"]
 # A flag that says otherwise than the YAML file under another name.
 REPLACES = {"model_name_or_path": "model_config"}
 OLDER_NAMES = {
@@ -280,6 +280,16 @@ class EvaluateConfig:
     compare: str | None = None
     """Results of another model on the same split (a folder that evaluate.py wrote), or another model, which is then
     scored too."""
+    lm: str | None = None
+    """Language model (a folder that decoding.py build-lm wrote): its beam search beside the greedy texts."""
+    lm_weight: float | None = None
+    """Weight of the language model; what decoding.py tune found when not given."""
+    word_score: float | None = None
+    """Added for each word, or each frame of a space for a character model; what tune found when not given."""
+    beam_size: int | None = None
+    """Hypotheses kept at each frame; those of tune, or 50, when not given."""
+    beam_workers: int = -1
+    """Decoding processes of each process; -1 takes its share of the cores, 0 decodes in the process itself."""
     unknown: Literal["count", "drop_character", "drop_utterance"] = "count"
     """Letters that the vocabulary lacks: `count` as errors, `drop_character` from the references, or `drop_utterance`
     to score only the others."""
@@ -314,6 +324,15 @@ class EvaluateConfig:
                 found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
         if self.dataloader_num_workers < 0:
             found.append(f"--dataloader_num_workers is {self.dataloader_num_workers}, it cannot be negative")
+        if self.beam_workers < -1:
+            found.append(f"--beam_workers is {self.beam_workers}, give at least 0, or -1 for a share of the cores")
+        for name in ("lm_weight", "word_score", "beam_size"):
+            if getattr(self, name) is not None and self.lm is None:
+                found.append(f"--{name} belongs to a language model: name its folder with --lm")
+        if self.lm_weight is not None and self.lm_weight < 0:
+            found.append(f"--lm_weight is {self.lm_weight}, it cannot be negative")
+        if self.beam_size is not None and self.beam_size < 1:
+            found.append(f"--beam_size is {self.beam_size}, at least 1 is needed")
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
@@ -385,6 +404,87 @@ class ReportConfig:
         found = []
         if not self.folder:
             found.append("name a run directory of train.py or a results folder of evaluate.py: python report.py FOLDER")
+        if not 0 <= self.seed < SEED_LIMIT:
+            found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
+        return found
+
+
+@dataclass(frozen=True)
+class BuildLMConfig:
+    """Make a language model of texts: python decoding.py build-lm --text FILE... --data_dir DATA --out FOLDER."""
+
+    text: list[str] = dataclasses.field(default_factory=list)
+    """Files: a CSV, TSV or JSONL table with a text column, or one sentence per line."""
+    data_dir: str = ""
+    """Folder that prepare.py wrote; the sentences of its dev and test splits are kept out of the model."""
+    out: str = ""
+    """Folder for the language model; an older one there is replaced."""
+    unit: Literal["word", "character"] = "word"
+    """`word`: decoding writes words of the texts only; `character`: it spells freely, for little text."""
+    order: int | None = None
+    """Longest n-gram, 2 to 6; 4 words or 6 characters when not given."""
+    add_training_words: bool = False
+    """Let decoding write the words of the training split too; the texts' own model knows them as unknown words."""
+    model_name_or_path: str | None = None
+    """Recogniser whose text rules to follow (RUN/model, or a name on the Hugging Face hub)."""
+    characters_to_ignore: str | None = None
+    """Characters removed from the texts; those of the recogniser's training, or train.py's, when not given."""
+    case: Literal["auto", "upper", "lower", "keep"] | None = None
+    """Case of the texts; that of the recogniser's training when not given, lower case without one."""
+    text_column_name: str | None = None
+    """Column of the tables that holds the text; found by its usual names when not given."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        for name, meaning in {
+            "text": "the files",
+            "data_dir": "the folder that prepare.py wrote",
+            "out": "a folder for the language model",
+        }.items():
+            if not getattr(self, name):
+                found.append(f"--{name} is missing: name {meaning}")
+        if self.order is not None and not 2 <= self.order <= 6:
+            found.append(f"--order is {self.order}, KenLM takes 2 to 6")
+        return found
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Find a language model's weights: python decoding.py tune --model_name_or_path M --data_dir DATA --lm FOLDER."""
+
+    model_name_or_path: str = ""
+    """Fine-tuned recogniser: RUN/model, another folder, or a name on the Hugging Face hub."""
+    data_dir: str = ""
+    """Folder that prepare.py wrote."""
+    lm: str = ""
+    """Folder that build-lm wrote; the weights go into its tuning.json."""
+    split: Literal["dev", "train"] = "dev"
+    """Split to tune on; never the one that the result is judged by."""
+    max_eval_samples: int = 500
+    """Use at most this many utterances, a fixed, stratified subset."""
+    beam_size: int = 50
+    """Hypotheses kept at each frame."""
+    beam_workers: int = -1
+    """Decoding processes; -1 takes one per core, 0 decodes in the process itself."""
+    per_device_eval_batch_size: int = 8
+    """Utterances per batch of the recogniser; has no influence on the result."""
+    seed: int = 42
+    """Decides the subset."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        needed = {
+            "model_name_or_path": "a fine-tuned model",
+            "data_dir": "the folder that prepare.py wrote",
+            "lm": "the folder that build-lm wrote",
+        }
+        found = [f"--{name} is missing: name {meaning}" for name, meaning in needed.items() if not getattr(self, name)]
+        for name in ("max_eval_samples", "beam_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
+        if self.beam_workers < -1:
+            found.append(f"--beam_workers is {self.beam_workers}, give at least 0, or -1 for one per core")
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found

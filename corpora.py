@@ -603,6 +603,22 @@ def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def read_texts(path: Path, text_column_name: str | None = None) -> Iterator[str | None]:
+    """The texts of a file: of the text column of a CSV, TSV or JSONL table, else one per line.
+
+    None stands for a row that is malformed or has no text.
+
+    Raises:
+        UsageError: the file cannot be read, is not UTF-8, or has no text column.
+    """
+    if path.suffix.lower() not in MANIFEST_SUFFIXES:
+        yield from (line.strip() or None for line, _ in _read_lines(path))
+        return
+    column = _need(_header(path), _Table(path, None), "--text_column_name", text_column_name, TEXT_COLUMNS)
+    for cells, _ in _read_cells(path):
+        yield (cells.get(column) or "").strip() or None if isinstance(cells, dict) else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LibriSpeech
 

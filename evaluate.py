@@ -2,6 +2,7 @@
 
     python evaluate.py --model_name_or_path runs/en/model --data_dir data/en --split test
     python evaluate.py ... --slices gender age accents duration
+    python evaluate.py ... --lm lm                                    (a folder that decoding.py build-lm wrote)
     python evaluate.py ... --compare facebook/wav2vec2-large-960h     (or a folder that evaluate.py wrote)
     accelerate launch --multi_gpu --num_processes 2 evaluate.py ...   (each utterance is scored once, on one of them)
 
@@ -27,33 +28,29 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from atomic import nearest_existing, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
-from cache import FactCache
 from comparison import compare
-from config import DEFAULT_CHARACTERS_TO_IGNORE, EvaluateConfig, TrainConfig, parse_arguments
-from data import Batch, Collator, CutSettings, ShardDataset, has_utterances
+from config import EvaluateConfig, parse_arguments
+from data import Batch, ShardDataset, has_utterances
 from intervals import CONFIDENCE, share_of_units
-from memory import MemoryLimit, limit_bytes
-from metrics import LetterCounts, TextScore
-from model import forward_with_loss
-from pretrained import find_checkpoint_folder, load_model
-from processes import RankStatus, describe_processes, main_first, start_processes
-from recovery import Cuts, failing_by_name, release_memory
+from metrics import TextScore
+from model_scorer import ModelScorer
+from pretrained import find_checkpoint_folder
+from processes import describe_processes, main_first, start_processes
+from readings import BeamReading, GreedyReading, describe_reading, print_error_classes
+from recovery import failing_by_name, release_memory
 from results import (
     COMPARISON_FILE,
     DROPS_FILE,
     RESULTS_FILE,
     UTTERANCES_FILE,
-    TextSpool,
     Utterances,
     describe_letters,
     print_results,
@@ -65,13 +62,9 @@ from results import (
 from runlog import REPORT_FILE, report_line
 from scoring import Evaluation, evaluate, named_limits
 from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
-from stopping import StopSignals, end_loaders
-from text import RULES_FILE, TextNormalizer, Vocabulary
-from transcripts import measure_texts
+from stopping import end_loaders
 
-COMPARED_FOLDER = "compared"
-# What a request to stop is answered with, and how it ends where that takes too long.
-ANSWER_TO_STOP = ("ending behind this batch, earlier results are kept", "in the midst of a batch")
+COMPARED_FOLDER, LM_FOLDER = "compared", "lm"
 OUT_OF_MEMORY_REMEDY = "lower --per_device_eval_batch_size, or set --max_batch_seconds"
 
 
@@ -90,7 +83,8 @@ def main() -> None:
             release_memory()
             # Both are judged by the same texts; the case is each vocabulary's own.
             rules = {"characters_to_ignore": rules["characters_to_ignore"]}
-            compared = replace(config, model_name_or_path=config.compare, **rules)
+            # As the model itself hears, since a language model's weights are those of one recogniser.
+            compared = replace(config, model_name_or_path=config.compare, lm=None, **rules)
             score_and_report(compared, folder / COMPARED_FOLDER, accelerator)
         if config.compare and accelerator.is_main_process:
             other = read_utterances(folder / COMPARED_FOLDER) if other is None else other
@@ -125,7 +119,7 @@ def choose_results_folder(config: EvaluateConfig) -> Path:
     model = Path(config.model_name_or_path)
     beside = model.parent if model.is_dir() else Path()
     folder = Path(config.output_dir) if config.output_dir else beside / f"evaluation_{config.split}"
-    known = {RESULTS_FILE, UTTERANCES_FILE, DROPS_FILE, COMPARED_FOLDER, COMPARISON_FILE, REPORT_FILE}
+    known = {RESULTS_FILE, UTTERANCES_FILE, DROPS_FILE, COMPARED_FOLDER, LM_FOLDER, COMPARISON_FILE, REPORT_FILE}
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder for the results with --output_dir")
     foreign = sorted({path.name for path in folder.iterdir()} - known) if folder.is_dir() else []
@@ -160,137 +154,66 @@ def clear_results(folder: Path) -> None:
     with reporting_disk_errors(folder):
         for name in (RESULTS_FILE, COMPARISON_FILE, UTTERANCES_FILE, DROPS_FILE, REPORT_FILE):
             (folder / name).unlink(missing_ok=True)
-        if (folder / COMPARED_FOLDER).is_dir():
-            shutil.rmtree(folder / COMPARED_FOLDER)
-
-
-@dataclass(frozen=True)
-class KnownTexts:
-    """A normalizer whose texts hold no character that the vocabulary lacks (--unknown drop_character)."""
-
-    normalizer: TextNormalizer
-    vocabulary: Vocabulary
-
-    def __call__(self, text: str) -> str:
-        """Normalise one transcript."""
-        return self.vocabulary.without_unknown(self.normalizer(text))
-
-
-class ModelScorer:
-    """A model with its text rules and a split: what `scoring.evaluate` needs."""
-
-    def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.dataset = ShardDataset(Path(config.data_dir) / config.split)
-        name = config.model_name_or_path
-        settings = TrainConfig(model_name_or_path=name, vocabulary="model")
-        with main_first(accelerator):
-            self.loaded = load_model(settings, lambda: [])
-            self.rules = read_rules(find_checkpoint_folder(name), config)
-        if not self.loaded.head_fits:
-            raise UsageError(f"{name} has no head for its vocabulary, it cannot write yet: fine-tune it with train.py")
-        self.model = self.loaded.model.to(accelerator.device)
-        self.vocabulary = self.loaded.vocabulary
-        self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, **self.rules)
-        drops = config.unknown == "drop_character"
-        self.collate = Collator(
-            KnownTexts(self.normalizer, self.vocabulary) if drops else self.normalizer,
-            self.vocabulary,
-            self.loaded.processor.feature_extractor.do_normalize,
-            self.model.hf.config,
-            config.seed,
-        )
-        with main_first(accelerator):
-            cache = FactCache(Path(config.data_dir))
-            self.texts = measure_texts(self.dataset, self.normalizer, self.vocabulary, cache)
-        self.eval_cut = CutSettings(
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.per_device_eval_batch_size,
-            config.max_batch_seconds,
-        )
-        self.eval_cuts = Cuts("evaluation", "cut the clip, or use more memory", self._report)
-        limit_bytes(accelerator.device, config.memory_limit_mb)  # makes a GPU's allocator keep it
-        self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
-        self.status = RankStatus(accelerator, config.ddp_timeout)
-        self.stop = StopSignals(None, time.monotonic(), *ANSWER_TO_STOP)
-        self.num_workers = config.dataloader_num_workers
-
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, in the launcher's precision."""
-        with self.accelerator.autocast():
-            return forward_with_loss(self.model, batch.to(self.accelerator.device), self.vocabulary.blank_id)
-
-    def choose_rows(self) -> tuple[np.ndarray, list[tuple[str, str]]]:
-        """The rows to score, and (id, unknown letters) of those that --unknown drop_utterance leaves out."""
-        rows, dropped = np.arange(len(self.dataset)), []
-        if self.config.unknown == "drop_utterance" and self.texts.coverage.unknown:
-            is_kept = np.ones(len(rows), bool)
-            columns = zip(self.dataset.column("id"), self.dataset.column("text"), strict=True)
-            for row, (utterance_id, text) in enumerate(columns):
-                normalised = self.normalizer(text)
-                if lacking := sorted(set(normalised) - set(self.vocabulary.without_unknown(normalised)) - {" "}):
-                    is_kept[row] = False
-                    dropped.append((utterance_id, "".join(lacking)))
-            rows = rows[is_kept]
-        if not len(rows):
-            raise UsageError("--unknown drop_utterance leaves no utterance: every text holds letters without a label")
-        return rows, dropped
-
-    def _report(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
-
-def read_rules(folder: Path, config: EvaluateConfig) -> dict[str, str]:
-    """Case and characters to ignore: the flags', else those of the model's training, else train.py's defaults."""
-    rules = {"characters_to_ignore": DEFAULT_CHARACTERS_TO_IGNORE, "case": "auto"}
-    path = folder / RULES_FILE
-    if path.is_file():
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            rules = {name: str(saved[name]) for name in rules}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path} is damaged ({error!r}): give --case and --characters_to_ignore") from error
-    return {name: getattr(config, name) if getattr(config, name) is not None else rules[name] for name in rules}
+        for name in (COMPARED_FOLDER, LM_FOLDER):
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
 
 
 def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> dict[str, str]:
     """One model: score it, write its folder, print its screen. Returns the text rules that it was scored by."""
-    scorer = ModelScorer(config, accelerator)
+    scorer = ModelScorer(config, accelerator, keeps_log_probs=config.lm is not None)
     rows, dropped = scorer.choose_rows()
     trained, known = find_trained(config)
     if config.max_eval_samples is not None and config.max_eval_samples < len(rows):
         rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
     breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)
     scorer.status.by_first(accelerator.is_main_process, lambda: make_folder(folder))
-    letters = LetterCounts()
-    with TextSpool() as spool, scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY):
+    readings = [GreedyReading(scorer)]
+    if config.lm is not None:
+        readings.append(BeamReading.of(config, scorer, rows))
+    with scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY), contextlib.ExitStack() as stack:
+        for reading in readings:
+            stack.enter_context(reading)
 
         def see(batch: Batch, texts: list[TextScore]) -> None:
-            for row, reference, text in zip(batch.rows.tolist(), batch.texts, texts, strict=True):
-                spool.add(row, reference, text.hypothesis)
-                letters.add(reference, text.hypothesis)
+            for reading in readings:
+                reading.see(batch, texts)
 
         started_at = time.monotonic()
         evaluation = evaluate(scorer, scorer.dataset, rows, f"scoring {config.split}", see)
+        outcomes = [reading.finish(evaluation) for reading in readings]
         seconds = time.monotonic() - started_at
-        spool.collect(accelerator, scorer.status)
-        results = make_results(scorer, evaluation, breakdown, seconds)
-        results |= {
-            "known_of_training": known,
-            "letters": describe_letters(sum(gather_object([letters]), LetterCounts())),
-        }
+        results = [
+            make_results(scorer, outcome.evaluation, breakdown, seconds)
+            | {"known_of_training": known, "letters": describe_letters(outcome.letters), **outcome.facts}
+            for outcome in outcomes
+        ]
 
         def write() -> None:
             clear_results(folder)
-            write_utterances(folder / UTTERANCES_FILE, scorer.dataset, evaluation, spool)
-            write_drops(folder / DROPS_FILE, config.split, dropped)
-            write_results(folder, results)
-            print_results(results)
+            # The folder itself is complete when those within it are.
+            for place, outcome, own in reversed([*zip((folder, folder / LM_FOLDER), outcomes, results, strict=False)]):
+                place.mkdir(exist_ok=True)
+                write_utterances(place / UTTERANCES_FILE, scorer.dataset, outcome.evaluation, outcome.texts)
+                write_drops(place / DROPS_FILE, config.split, dropped)
+                write_results(place, own)
+            print_results(results[0])
             print(f"written to {folder}: {RESULTS_FILE}, {UTTERANCES_FILE}", flush=True)
+            if config.lm is not None:
+                report_language_model(folder, results[1])
 
         scorer.status.by_first(accelerator.is_main_process, write)
     return scorer.rules
+
+
+def report_language_model(folder: Path, results: dict[str, object]) -> None:
+    """Greedy and with the language model side by side, on the screen and in lm/comparison.json."""
+    found = compare(read_utterances(folder / LM_FOLDER), read_utterances(folder))
+    facts = found.facts() | {"other_model": str(folder), "error_classes": results["error_classes"]}
+    write_atomically(folder / LM_FOLDER / COMPARISON_FILE, json.dumps(facts, indent=1))
+    print("\n".join((*describe_reading(results), *found.lines("greedy", "with the LM"))), flush=True)
+    print_error_classes(results["error_classes"])
+    print(f"written to {folder / LM_FOLDER}: the same files for these texts, {COMPARISON_FILE}", flush=True)
 
 
 def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:

@@ -6,6 +6,7 @@ Foreign files are data, never code: safetensors, or .bin through `weights_only=T
 import contextlib
 import difflib
 import functools
+import hashlib
 import json
 import pickle
 import re
@@ -40,6 +41,7 @@ from transformers.utils import logging as transformers_logging
 
 from audio import SAMPLE_RATE_HZ
 from errors import UsageError
+from integrity import hash_file
 from model import CTCModel
 from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer, build_vocabulary, resolve_case
 
@@ -209,6 +211,25 @@ def find_checkpoint_folder(name: str) -> Path:
         ) from error
     except Exception as error:  # The HTTP client, and with it the type of its errors, changes with huggingface_hub.
         raise UsageError(f"the download of {name} failed ({_one_line(error)}); try {local}") from error
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The labels of a fine-tuned model's folder, without its weights.
+
+    Raises:
+        UsageError: it has no tokenizer of characters.
+    """
+    with _quiet_transformers():
+        tokenizer = _read_tokenizer(folder, _read_config(folder).vocab_size, is_needed=True)
+    if tokenizer is None:
+        raise UsageError(f"{folder} has no tokenizer (vocab.json), it cannot write yet: fine-tune it with train.py")
+    return Vocabulary.from_tokenizer(tokenizer)
+
+
+def weights_checksum(folder: Path) -> str:
+    """sha256 over the weight files of a model folder: which model a setting was tuned for."""
+    digests = [hash_file(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin")]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _download(name: str) -> str:

@@ -107,7 +107,7 @@ def evaluate(
     if status:
         raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
     scorer.stop.check()
-    return Evaluation(_sum_scores(scorer.accelerator, score), rows, _sum_counts(scorer.accelerator, counts))
+    return Evaluation(_sum_scores(scorer.accelerator, score), rows, sum_counts(scorer.accelerator, counts))
 
 
 @contextlib.contextmanager
@@ -151,8 +151,8 @@ def _sum_scores(accelerator: Accelerator, score: Score) -> Score:
     return sum(map(Score.from_vector, vectors.cpu()), Score())
 
 
-def _sum_counts(accelerator: Accelerator, counts: np.ndarray) -> np.ndarray:
-    """Each row is filled on one rank and zero on the others."""
+def sum_counts(accelerator: Accelerator, counts: np.ndarray) -> np.ndarray:
+    """Counts of all ranks, [N, 8]; each row is filled on one of them and zero on the others."""
     if accelerator.num_processes == 1:
         return counts
     return accelerator.reduce(torch.from_numpy(counts).to(accelerator.device), reduction="sum").cpu().numpy()

@@ -31,8 +31,10 @@ LARGE_960H_VOCABULARY = {
 PAD_TOKENS = ("<pad>", "[PAD]")
 UNKNOWN_TOKENS = ("<unk>", "[UNK]")
 WORD_DELIMITER = "|"
-# In a model folder: case and characters to ignore, as in its training.
+# In a model folder: case and characters to ignore of its training.
 RULES_FILE = "text_rules.json"
+# The list is that of a published English run, whose recipe is configs/english_large.yaml.
+DEFAULT_RULES = {"characters_to_ignore": ',?.!-;:"', "case": "auto"}
 
 # ’ ‘ ‛ ʼ ` ´ ′ ＇: what transcribers type where an apostrophe is meant.
 APOSTROPHE_VARIANTS = "\u2019\u2018\u201b\u02bc\u0060\u00b4\u2032\uff07"
@@ -134,6 +136,27 @@ def resolve_case(case: str, vocabulary: Mapping[str, int]) -> Case:
     if has_upper == has_lower:
         return "keep"
     return "upper" if has_upper else "lower"
+
+
+def read_rules(folder: Path | None, **given: str | None) -> dict[str, str]:
+    """Case and characters to ignore: those given, else those of the model's training, else train.py's defaults.
+
+    Args:
+        folder: of the model; None for no model.
+        given: `case`, `characters_to_ignore`; None where the user says nothing.
+
+    Raises:
+        UsageError: the model's text_rules.json is damaged.
+    """
+    rules = dict(DEFAULT_RULES)
+    path = None if folder is None else folder / RULES_FILE
+    if path is not None and path.is_file():
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            rules = {name: str(saved[name]) for name in rules}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is damaged ({error!r}): give --case and --characters_to_ignore") from error
+    return rules | {name: value for name, value in given.items() if value is not None}
 
 
 def build_vocabulary(texts: Iterable[str], minimum_count: int = 1) -> dict[str, int]:

@@ -29,9 +29,9 @@ from transformers.utils import logging
 from audio import SAMPLE_RATE_HZ
 from config import EvaluateConfig
 from data import CutSettings, evaluation_loader
-from evaluate import ModelScorer
 from metrics import ErrorCounts, count_word_errors, greedy_decode
 from model import num_frames
+from model_scorer import ModelScorer
 from processes import start_processes
 
 BATCH_SIZES = (1, 4, 32)

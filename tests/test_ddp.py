@@ -31,9 +31,11 @@ from conftest import (
     TINY_GROUP_NORM_MODEL,
     TINY_MODEL,
     check_in_this_process,
+    make_rows,
     write_recipe,
 )
 
+import decoding
 import roundtrip
 from checkpoint import find_damage, list_checkpoints
 from clock import PHASE_COLUMNS
@@ -608,6 +610,43 @@ def test_promise_2_evaluation_by_two_processes_is_that_of_one(
             del found["processes"], found["seconds_taken"]
         assert results[0] == results[1]
         assert two.stdout[1] == ""
+
+
+def test_promise_2_beam_search_by_two_processes_is_that_of_one(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("flashlight.lib.text.decoder.kenlm", reason="the extra lm is not installed (flashlight-text)")
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=TINY_GROUP_NORM_MODEL | TALKATIVE, max_steps=2,
+        do_predict=False,
+    )  # fmt: skip
+    model = run_ranks(1, "run", "--config", recipe).run_dir / "model"
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(row[2] for row in make_rows(60, 9)))
+    build = [
+        "build-lm",
+        "--text",
+        text,
+        "--data_dir",
+        prepared,
+        "--out",
+        tmp_path / "lm",
+        "--model_name_or_path",
+        model,
+    ]
+    monkeypatch.setattr(sys, "argv", ["decoding.py", *map(str, build)])
+    decoding.main()
+    settings = ("--model_name_or_path", model, "--data_dir", prepared, "--split", "train", "--lm", tmp_path / "lm")
+    one, two = (run_ranks(count, f"lm_{count}", *settings, program="evaluate") for count in (1, 2))
+    for name in ("utterances.csv", "lm/utterances.csv"):
+        assert (one.run_dir / name).read_bytes() == (two.run_dir / name).read_bytes()
+    found = [json.loads((ranks.run_dir / "lm" / "comparison.json").read_text()) for ranks in (one, two)]
+    assert found[0]["error_classes"]["words"] > 20
+    assert found[0] | {"other": ""} == found[1] | {"other": ""}
+    results = [json.loads((ranks.run_dir / "lm" / "results.json").read_text()) for ranks in (one, two)]
+    for own in results:
+        del own["processes"], own["seconds_taken"], own["audio_seconds_per_second"], own["beam_processes"]
+    assert results[0] == results[1]
 
 
 # --- Asked to stop -------------------------------------------------------------------------------------------------

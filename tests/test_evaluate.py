@@ -16,6 +16,7 @@ import pytest
 from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, make_rows, write_part, write_recipe
 
 import evaluate
+import model_scorer
 import scoring
 import train
 from errors import exit_status
@@ -260,7 +261,7 @@ def test_a_damaged_clip_is_a_failed_run_in_one_line(
 def test_the_memory_limit_reaches_the_allocator(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU nothing else keeps it."""
     asked = []
-    monkeypatch.setattr(evaluate, "limit_bytes", lambda device, limit: asked.append((device.type, limit)))
+    monkeypatch.setattr(model_scorer, "limit_bytes", lambda device, limit: asked.append((device.type, limit)))
     assert command("found", "--memory_limit_mb", 50_000) == 0
     assert asked == [("cpu", 50_000)]
 

@@ -1,0 +1,149 @@
+"""Processes that decode: a beam search keeps a core busy for some hundredths of the time that the audio lasts.
+
+Processes and not threads: the search holds Python's lock, and two threads decode no more than one.
+
+T: frames, V: outputs of the recogniser's head.
+"""
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from audio import end_with_parent_process, fork_server, without_interrupts, without_main_module
+from decoding import BeamDecoder, BeamSettings, Decoded
+from errors import RunFailed
+from language_model import LanguageModel
+from text import Vocabulary
+
+Item = TypeVar("Item")
+# Utterances under way for each process; their log-probabilities are in memory.
+UNDER_WAY = 4
+
+
+def choose_num_workers(beam_workers: int, local_processes: int = 1) -> int:
+    """Decoding processes of one rank: those asked for, or for -1 its share of the cores that this program may use."""
+    if beam_workers != -1:
+        return beam_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // local_processes, 1)
+
+
+@dataclass(frozen=True)
+class Finished(Generic[Item]):
+    """An utterance that was decoded, and the seconds of one core that it took."""
+
+    item: Item
+    decoded: Decoded
+    seconds: float
+
+
+class DecodingPool(Generic[Item]):
+    """Processes that decode, few utterances under way at a time; a context manager.
+
+    With `num_workers` 0 all is done here.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, model: LanguageModel | None, settings: BeamSettings, num_workers: int
+    ) -> None:
+        self._recipe, self._num_workers = (vocabulary, model, settings), num_workers
+        # What is wrong with the model is said here, not by a process.
+        self._decoder = BeamDecoder(*self._recipe)
+        self._under_way: deque[tuple[Item, Future[tuple[Decoded, float]]]] = deque()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "DecodingPool[Item]":
+        if self._num_workers:
+            self._stack.enter_context(without_main_module())
+            with without_interrupts():
+                self._executor = ProcessPoolExecutor(
+                    self._num_workers,
+                    mp_context=fork_server("torchaudio.models.decoder", __name__),
+                    initializer=_initialize_worker,
+                    initargs=self._recipe,
+                )
+                for _ in range(self._num_workers):
+                    self._executor.submit(int)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._num_workers:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+        self._stack.close()
+
+    def submit(self, item: Item, log_probs_TV: np.ndarray) -> Iterator[Finished[Item]]:
+        """Hand in one utterance; yields those that are done, in their order.
+
+        Raises:
+            RunFailed: a process died.
+        """
+        if not self._num_workers:
+            yield Finished(item, *_decode_timed(self._decoder, log_probs_TV))
+            return
+        with _naming_death():
+            self._under_way.append((item, self._executor.submit(_decode_in_worker, log_probs_TV)))
+            while self._under_way and (
+                self._under_way[0][1].done() or len(self._under_way) > UNDER_WAY * self._num_workers
+            ):
+                yield self._take()
+
+    def decode(self, utterances: Iterable[tuple[Item, np.ndarray]]) -> Iterator[Finished[Item]]:
+        """All of them, in their order.
+
+        Raises:
+            RunFailed: a process died.
+        """
+        for item, log_probs_TV in utterances:
+            yield from self.submit(item, log_probs_TV)
+        yield from self.finish()
+
+    def finish(self) -> Iterator[Finished[Item]]:
+        """Wait for all that are left.
+
+        Raises:
+            RunFailed: a process died.
+        """
+        with _naming_death():
+            while self._under_way:
+                yield self._take()
+
+    def _take(self) -> Finished[Item]:
+        item, future = self._under_way.popleft()
+        return Finished(item, *future.result())
+
+
+@contextlib.contextmanager
+def _naming_death() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise RunFailed("a process of the beam search died: too little memory? take fewer (--beam_workers)") from error
+
+
+_worker_decoder: BeamDecoder | None = None
+
+
+def _initialize_worker(vocabulary: Vocabulary, model: LanguageModel | None, settings: BeamSettings) -> None:
+    global _worker_decoder
+    end_with_parent_process()
+    torch.set_num_threads(1)
+    _worker_decoder = BeamDecoder(vocabulary, model, settings)
+
+
+def _decode_in_worker(log_probs_TV: np.ndarray) -> tuple[Decoded, float]:
+    return _decode_timed(_worker_decoder, log_probs_TV)
+
+
+def _decode_timed(decoder: BeamDecoder, log_probs_TV: np.ndarray) -> tuple[Decoded, float]:
+    before = time.process_time()
+    (decoded,) = decoder([log_probs_TV])
+    return decoded, time.process_time() - before
