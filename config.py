@@ -326,13 +326,7 @@ class EvaluateConfig:
             found.append(f"--dataloader_num_workers is {self.dataloader_num_workers}, it cannot be negative")
         if self.beam_workers < -1:
             found.append(f"--beam_workers is {self.beam_workers}, give at least 0, or -1 for a share of the cores")
-        for name in ("lm_weight", "word_score", "beam_size"):
-            if getattr(self, name) is not None and self.lm is None:
-                found.append(f"--{name} belongs to a language model: name its folder with --lm")
-        if self.lm_weight is not None and self.lm_weight < 0:
-            found.append(f"--lm_weight is {self.lm_weight}, it cannot be negative")
-        if self.beam_size is not None and self.beam_size < 1:
-            found.append(f"--beam_size is {self.beam_size}, at least 1 is needed")
+        found += _beam_errors(self)
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
@@ -361,6 +355,14 @@ class TranscribeConfig:
     """Windows or short files per batch at most; has no influence on the result."""
     max_batch_seconds: float = 30.0
     """Padded seconds of audio per batch; a GPU takes more, and is faster with it."""
+    lm: str | None = None
+    """Language model (a folder that decoding.py build-lm wrote): beam search instead of greedy decoding."""
+    lm_weight: float | None = None
+    """Weight of the language model; what `decoding.py tune` found when not given."""
+    word_score: float | None = None
+    """Reward of a word; what `decoding.py tune` found when not given."""
+    beam_size: int | None = None
+    """Hypotheses kept at each frame; what `decoding.py tune` used when not given."""
     memory_limit_mb: float | None = None
     """Megabytes (10^6 bytes) that the process may use; all that is free when not given."""
 
@@ -378,6 +380,7 @@ class TranscribeConfig:
                 f"--chunk_length_s is {self.chunk_length_s:g}, it must lie between four times --stride_length_s "
                 f"({self.stride_length_s:g}) and {MAX_CHUNK_SECONDS:g}"
             )
+        found += _beam_errors(self)
         return found
 
 
@@ -488,6 +491,20 @@ class TuneConfig:
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
+
+
+def _beam_errors(config: EvaluateConfig | TranscribeConfig) -> list[str]:
+    """What is wrong with the settings of a beam search."""
+    found = [
+        f"--{name} belongs to a language model: name its folder with --lm"
+        for name in ("lm_weight", "word_score", "beam_size")
+        if getattr(config, name) is not None and config.lm is None
+    ]
+    if config.lm_weight is not None and config.lm_weight < 0:
+        found.append(f"--lm_weight is {config.lm_weight}, it cannot be negative")
+    if config.beam_size is not None and config.beam_size < 1:
+        found.append(f"--beam_size is {config.beam_size}, at least 1 is needed")
+    return found
 
 
 def parse_arguments(config_class: type[Config], arguments: list[str], description: str) -> Config:

@@ -6,7 +6,7 @@ S: samples, T: frames, V: vocabulary.
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,32 +14,32 @@ import torch
 from audio import SAMPLE_RATE_HZ, ClipError
 from config import TrainConfig, TranscribeConfig
 from data import Batch, Collator, Utterance
+from decoding import BeamDecoder
 from errors import UsageError
 from memory import MemoryLimit, limit_bytes
-from metrics import greedy_decode
 from pretrained import load_model
+from reading import BeamReading, GreedyReading, Reading
 from recording import Recording
 from recovery import Cuts
 from subtitles import Transcript
 from text import TextNormalizer
-from timing import LabelPath, find_words
 from windows import FrameGrid, Joiner, Window, plan_windows
 
 Advance = Callable[[int], None]
 
 
 @dataclass
-class _Reading:
+class _Job:
     """A recording on its way: what its windows have settled so far."""
 
     recording: Recording
     windows: list[Window]
     joiner: Joiner
-    paths: list[LabelPath] = field(default_factory=list)
+    text: Reading
 
 
 class Recogniser:
-    """A fine-tuned model that turns recordings into transcripts, greedily; fp32.
+    """A fine-tuned model that turns recordings into transcripts, greedily or with a language model; fp32.
 
     Raises:
         UsageError: no such model, or one whose head has not been trained.
@@ -63,6 +63,8 @@ class Recogniser:
             hf_config,
             seed=0,
         )
+        weights = {name: getattr(config, name) for name in ("lm_weight", "word_score", "beam_size")}
+        self._decoder = None if config.lm is None else BeamDecoder.open(config.lm, self.vocabulary, **weights)
         limit_bytes(self.device, config.memory_limit_mb)  # makes a GPU's allocator keep it
         self._memory_limit = MemoryLimit(self.device, config.memory_limit_mb)
         self._cuts = Cuts("transcription", "lower --chunk_length_s", lambda line: print(line, file=sys.stderr))
@@ -76,36 +78,39 @@ class Recogniser:
             opened: names, with what opening them gave.
             advance: told the seconds of audio that are done.
         """
-        readings = [
-            None if isinstance(one, ClipError) else _Reading(one, self._plan(one), Joiner(self._blank_id, self.grid))
+        jobs = [
+            None
+            if isinstance(one, ClipError)
+            else _Job(one, self._plan(one), Joiner(self.vocabulary.blank_id, self.grid), self._new_text())
             for _, one in opened
         ]
         with contextlib.ExitStack() as stack:
-            for reading in readings:
-                if reading is not None:
-                    stack.enter_context(reading.recording)
-            self._pass_all([reading for reading in readings if reading is not None], advance)
-            for (name, one), reading in zip(opened, readings, strict=True):
-                yield name, one if reading is None else (self._transcript(reading), reading.recording.shortfall_seconds)
+            for job in jobs:
+                if job is not None:
+                    stack.enter_context(job.recording)
+            self._pass_all([job for job in jobs if job is not None], advance)
+            for (name, one), job in zip(opened, jobs, strict=True):
+                yield name, one if job is None else (self._transcript(job), job.recording.shortfall_seconds)
 
-    @property
-    def _blank_id(self) -> int:
-        return self.vocabulary.blank_id
+    def _new_text(self) -> Reading:
+        if self._decoder is None:
+            return GreedyReading(self.vocabulary, self.grid.seconds)
+        return BeamReading(self.vocabulary, self.grid.seconds, self._decoder)
 
     def _plan(self, recording: Recording) -> list[Window]:
         chunk, stride = self.config.chunk_length_s, self.config.stride_length_s
         return plan_windows(recording.num_samples, self.grid, chunk, 2 * stride)
 
-    def _pass_all(self, readings: list[_Reading], advance: Advance) -> None:
+    def _pass_all(self, jobs: list[_Job], advance: Advance) -> None:
         """Every window through the model, the longest first; those of one recording are of one length, in order."""
-        waiting = [(window, reading) for reading in readings for window in reading.windows]
+        waiting = [(window, job) for job in jobs for window in job.windows]
         waiting.sort(key=lambda pair: pair[0].start - pair[0].stop)
         for batch in _cut(waiting, self.config.per_device_eval_batch_size, self.config.max_batch_seconds):
-            audio = [reading.recording.read(window.start, window.stop) for window, reading in batch]
-            for (window, reading), log_probs_TV in zip(batch, self.log_probs(audio), strict=True):
-                reading.paths.append(LabelPath.greedy(reading.joiner.add(window, log_probs_TV)))
+            audio = [job.recording.read(window.start, window.stop) for window, job in batch]
+            for (window, job), log_probs_TV in zip(batch, self.log_probs(audio), strict=True):
+                job.text.add(job.joiner.add(window, log_probs_TV))
                 # Overlaps are heard twice and counted once.
-                advance(round(reading.recording.seconds / len(reading.windows)))
+                advance(round(job.recording.seconds / len(job.windows)))
 
     @torch.inference_mode()
     def log_probs(self, audio: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -129,17 +134,14 @@ class Recogniser:
                 found += [row[:length] for row, length in zip(log_probs_BTV, frame_lengths_B.tolist(), strict=True)]
         return found
 
-    def _transcript(self, reading: _Reading) -> Transcript:
-        path = LabelPath.join([*reading.paths, LabelPath.greedy(reading.joiner.rest())])
-        (text,) = greedy_decode(torch.from_numpy(path.ids_T)[None], torch.tensor([len(path.ids_T)]), self.vocabulary)
-        words = find_words(path, self.vocabulary, self.grid.seconds)
+    def _transcript(self, job: _Job) -> Transcript:
+        job.text.add(job.joiner.rest())
+        text, words = job.text.finish()
         joiner = "" if self.vocabulary.delimiter_id is None else " "
-        return Transcript(reading.recording.name, reading.recording.seconds, text, words, joiner)
+        return Transcript(job.recording.name, job.recording.seconds, text, words, joiner)
 
 
-def _cut(
-    waiting: list[tuple[Window, _Reading]], max_rows: int, max_seconds: float
-) -> Iterator[list[tuple[Window, _Reading]]]:
+def _cut(waiting: list[tuple[Window, _Job]], max_rows: int, max_seconds: float) -> Iterator[list[tuple[Window, _Job]]]:
     """Batches of successive windows, the first of which is the longest of its batch; one alone may exceed the limit."""
     start = 0
     while start < len(waiting):

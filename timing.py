@@ -82,10 +82,17 @@ class LabelPath:
         )
 
 
-def find_words(path: LabelPath, vocabulary: Vocabulary, seconds_per_frame: float) -> list[Word]:
-    """The words of a path in their order, each with its characters."""
+def find_words(path: LabelPath, vocabulary: Vocabulary, seconds_per_frame: float, first_frame: int = 0) -> list[Word]:
+    """The words of a path in their order, each with its characters.
+
+    Args:
+        path: of a recording, or of a part of it.
+        vocabulary: of its labels.
+        seconds_per_frame: from one frame to the next.
+        first_frame: of the recording, where the path begins.
+    """
     words, characters = [], []
-    for label, character in _characters(path, vocabulary, seconds_per_frame):
+    for label, character in _characters(path, vocabulary, seconds_per_frame, first_frame):
         if label != vocabulary.delimiter_id:
             characters.append(character)
         if characters and (label == vocabulary.delimiter_id or vocabulary.delimiter_id is None):
@@ -94,7 +101,9 @@ def find_words(path: LabelPath, vocabulary: Vocabulary, seconds_per_frame: float
     return [*words, _word(characters)] if characters else words
 
 
-def _characters(path: LabelPath, vocabulary: Vocabulary, seconds_per_frame: float) -> Iterator[tuple[int, Character]]:
+def _characters(
+    path: LabelPath, vocabulary: Vocabulary, seconds_per_frame: float, first_frame: int
+) -> Iterator[tuple[int, Character]]:
     """Each run of one label, blanks left out."""
     ids_T = vocabulary.known_ids(path.ids_T)
     starts = np.flatnonzero(np.diff(ids_T, prepend=-1))
@@ -102,9 +111,9 @@ def _characters(path: LabelPath, vocabulary: Vocabulary, seconds_per_frame: floa
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         label = int(ids_T[start])
         if label != vocabulary.blank_id:
-            text = vocabulary.decode_labels([label])
+            times = ((first_frame + frame) * seconds_per_frame for frame in (start, end))
             confidence = float(path.probabilities_T[start:end].max())
-            yield label, Character(text, start * seconds_per_frame, end * seconds_per_frame, confidence)
+            yield label, Character(vocabulary.decode_labels([label]), *times, confidence)
 
 
 def _word(characters: list[Character]) -> Word:

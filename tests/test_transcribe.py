@@ -17,6 +17,7 @@ import torch
 from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, TINY_MODEL, make_rows, mounted, write_part
 from transformers import pipeline
 
+import decoding
 import evaluate
 import recognition
 import transcribe
@@ -165,6 +166,44 @@ def test_windows_give_the_frames_of_the_whole_where_context_is_short(
         assert texts(chunk, stride) == whole
 
 
+def test_a_language_model_gives_the_texts_of_evaluate(
+    model: Path, command: Command, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """And times that lie in the clip; words are those of the list."""
+    pytest.importorskip("flashlight.lib.text.decoder.kenlm", reason="the extra lm is not installed (flashlight-text)")
+    for split, rows in (("train", make_rows(12, 1)), ("dev", make_rows(4, 2)), ("test", ROWS)):
+        write_part(tmp_path / "data" / split / "part_1", rows)
+    (tmp_path / "text.txt").write_text("\n".join(row[2] for row in make_rows(200, 7)))
+    flags = [
+        "--text",
+        tmp_path / "text.txt",
+        "--data_dir",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "lm",
+        "--case",
+        "upper",
+    ]
+    monkeypatch.setattr(sys, "argv", ["decoding.py", "build-lm", *map(str, flags)])
+    assert exit_status(decoding.main) == 0
+    flags = ["--lm", tmp_path / "lm", "--lm_weight", 1, "--word_score", 2]
+    capsys.readouterr()
+    assert command(clips, "--format", "json", *flags) == 0
+    ours = {Path(one["file"]).stem: one for one in read_json(capsys.readouterr().out)}
+    flags += ["--model_name_or_path", model, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "found"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--beam_workers", "0"])
+    assert exit_status(evaluate.main) == 0
+    with (tmp_path / "found" / "lm" / "utterances.csv").open(newline="", encoding="utf-8") as file:
+        assert {row["id"]: row["hypothesis"] for row in csv.DictReader(file)} == {k: v["text"] for k, v in ours.items()}
+    listed = {word for row in make_rows(200, 7) for word in row[2].split()}
+    for one in ours.values():
+        assert [word["text"] for word in one["words"]] == one["text"].split()
+        assert {word["text"] for word in one["words"]} <= listed
+        assert all(0 <= word["start"] < word["end"] <= one["seconds"] for word in one["words"])
+    assert any(one["text"] for one in ours.values())
+
+
 def test_bad_files_are_named_and_the_others_transcribed(
     command: Command, clips: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -210,6 +249,11 @@ def test_stdin(command: Command, clips: Path, monkeypatch: pytest.MonkeyPatch, c
         (("{clips}/empty",), "{clips}/empty: no audio file in it"),
         (("{clips}/u3_0.wav", "--format", "doc"), "--format is 'doc', one of txt, json, srt, vtt, ctm, all is needed"),
         (("{clips}/u3_0.wav", "--chunk_length_s", "8"), "--chunk_length_s is 8, it must lie between four times"),
+        (
+            ("{clips}/u3_0.wav", "--beam_size", "8"),
+            "--beam_size belongs to a language model: name its folder with --lm",
+        ),
+        (("{clips}/u3_0.wav", "--lm", "{clips}/none"), "none"),
         (("{clips}/u3_0.wav", "--beams", "8"), "unknown setting --beams: the nearest known one is"),
         (("{clips}/u3_0.wav", "{tmp}/other/u3_0.wav", "--output_dir", "{tmp}/out"), "2 of the files are called u3_0"),
         (("{clips}/u3_0.wav", "--output_dir", "{clips}/u3_1.wav"), "u3_1.wav is a file: name a folder"),
