@@ -57,7 +57,8 @@ class DecodingPool(Generic[Item]):
     ) -> None:
         self._recipe, self._num_workers = (vocabulary, model, settings), num_workers
         # What is wrong with the model is said here, not by a process.
-        self._decoder = BeamDecoder(*self._recipe)
+        decoder = BeamDecoder(*self._recipe)
+        self._decoder = None if num_workers else decoder
         self._under_way: deque[tuple[Item, Future[tuple[Decoded, float]]]] = deque()
         self._stack = contextlib.ExitStack()
 

@@ -92,7 +92,7 @@ class Search:
         step, halvings = FIRST_STEP, 0
         while halvings <= HALVINGS:
             centre = self.best
-            moves = itertools.product((-step[0], 0.0, step[0]), (-step[1], 0.0, step[1]))
+            moves = ((-step[0], 0.0), (step[0], 0.0), (0.0, -step[1]), (0.0, step[1]))
             around = [(round(centre[0] + dx, 4), round(centre[1] + dy, 4)) for dx, dy in moves]
             self._look(point for point in around if 0 <= point[0] <= MAX_WEIGHT)
             if self.best == centre:
@@ -214,6 +214,8 @@ def describe(
 def lines(facts: dict[str, object], model: LanguageModel) -> list[str]:
     """The screen."""
     greedy, with_lm = facts["greedy"], facts["with_lm"]
+    helps = with_lm["wer"] < greedy["wer"]
+    advice = [] if helps else ["  it does not help: give build-lm more text, or --unit character"]
     return [
         f"tuned on {facts['utterances']:,} utterances of {facts['data']}, {len(facts['tried'])} settings",
         f"  greedy      WER {greedy['wer']:.2%}   CER {greedy['cer']:.2%}",
@@ -221,4 +223,5 @@ def lines(facts: dict[str, object], model: LanguageModel) -> list[str]:
         "judge by another)",
         f"  --lm_weight {facts['lm_weight']:g} --word_score {facts['word_score']:g}, written to "
         f"{model.folder / TUNING_FILE}",
+        *advice,
     ]

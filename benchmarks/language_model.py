@@ -36,8 +36,9 @@ from metrics import ErrorCounts, count_character_errors, count_word_errors, gree
 from model_scorer import ModelScorer
 from processes import start_processes
 from progress import print_table
-from readings import print_error_classes
 from scoring import evaluate
+from side_by_side import print_error_classes
+from slices import draw_stratified
 from text import Vocabulary
 from tuning import COARSE_SCORES, LogProbSpool, Search, count_errors, find_weights
 
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--max_dev_samples", type=int, default=500, help="to find the weights on")
     parser.add_argument("--beam_size", type=int, default=50)
     arguments = parser.parse_args()
     accelerator = start_processes([], "")
@@ -100,6 +102,8 @@ def listen(
             spool.add(scorer.take_log_probs(row), reference)
 
     rows = np.arange(len(scorer.dataset))
+    if split == "dev" and arguments.max_dev_samples < len(rows):
+        rows = draw_stratified(scorer.dataset, rows, None, arguments.max_dev_samples, config.seed)
     evaluate(scorer, scorer.dataset, rows, f"listening to {split}", see)
     return scorer.vocabulary, float(scorer.dataset.num_samples.sum() / SAMPLE_RATE_HZ), scorer.forward_seconds
 
