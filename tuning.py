@@ -160,29 +160,28 @@ def find_weights(
     config: TuneConfig, model: LanguageModel, vocabulary: Vocabulary, spool: LogProbSpool
 ) -> tuple[Search, Point]:
     """The search, finished, and its best point."""
-    num_workers = choose_num_workers(config.beam_workers)
-    with Progress("tuning", 0, "settings") as progress:
+    pool: DecodingPool[str] = DecodingPool(
+        vocabulary, model, BeamSettings(beam_size=config.beam_size), choose_num_workers(config.beam_workers)
+    )
+    with Progress("tuning", 0, "settings") as progress, pool:
 
         def errors(point: Point) -> tuple[int, int]:
-            settings = BeamSettings(*point, beam_size=config.beam_size)
-            found = count_errors(vocabulary, model, settings, spool, num_workers)
+            pool.settings = BeamSettings(*point, beam_size=config.beam_size)
+            words, characters = count_errors(pool, spool)
             progress.total = len(search.tried) + 1  # How many there will be shows itself on the way.
-            progress.advance(note=f"weight {point[0]:g}, score {point[1]:+g}: WER {found[0].rate:.2%}")
-            return found[0].errors, found[1].errors
+            progress.advance(note=f"weight {point[0]:g}, score {point[1]:+g}: WER {words.rate:.2%}")
+            return words.errors, characters.errors
 
         search = Search(errors)
         return search, search.run()
 
 
-def count_errors(
-    vocabulary: Vocabulary, model: LanguageModel | None, settings: BeamSettings, spool: LogProbSpool, num_workers: int
-) -> tuple[ErrorCounts, ErrorCounts]:
+def count_errors(pool: DecodingPool[str], spool: LogProbSpool) -> tuple[ErrorCounts, ErrorCounts]:
     """Word and character errors of the beam search over all utterances."""
     words, characters = ErrorCounts(), ErrorCounts()
-    with DecodingPool(vocabulary, model, settings, num_workers) as pool:
-        for finished in pool.decode(zip(spool.references, spool, strict=True)):
-            words += count_word_errors(finished.item, finished.decoded.text)
-            characters += count_character_errors(finished.item, finished.decoded.text)
+    for finished in pool.decode(zip(spool.references, spool, strict=True)):
+        words += count_word_errors(finished.item, finished.decoded.text)
+        characters += count_character_errors(finished.item, finished.decoded.text)
     return words, characters
 
 

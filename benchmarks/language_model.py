@@ -121,10 +121,12 @@ def decode_all(
     yield Row("greedy", None, greedy, None)
     plain = BeamSettings(0.0, 0.0, config.beam_size)
     yield decode("beam, no language model", vocabulary, None, plain, spools["test"])
-    choices = [replace(plain, word_score=score) for score in COARSE_SCORES]
-    workers = choose_num_workers(-1)
-    errors = [count_errors(vocabulary, models["word"], one, spools["dev"], workers)[0].errors for one in choices]
-    best = choices[int(np.argmin(errors))]
+    errors = {}
+    with DecodingPool(vocabulary, models["word"], plain, choose_num_workers(-1)) as pool:
+        for score in COARSE_SCORES:
+            pool.settings = replace(plain, word_score=score)
+            errors[pool.settings] = count_errors(pool, spools["dev"])[0].errors
+    best = min(errors, key=errors.__getitem__)
     yield decode("list of words, weight 0", vocabulary, models["word"], best, spools["test"])
     for unit, model in models.items():
         search: Search

@@ -290,10 +290,14 @@ def test_processes_decode_the_same_in_order_and_few_at_a_time(make_model: Callab
         for finished in pool.decode(handing_in()):
             found.append(finished)
             assert len(handed_in) - len(found) <= 8
+        pool.settings = BeamSettings(3.0, 1.0, 5)
+        changed = [finished.decoded.text for finished in pool.decode(enumerate(utterances))]
     assert [finished.item for finished in found] == list(range(40))
-    alone = BeamDecoder(ABC, model, settings)(utterances)
-    assert [finished.decoded.text for finished in found] == [decoded.text for decoded in alone]
     assert sum(finished.seconds for finished in found) > 0
+    texts = [finished.decoded.text for finished in found]
+    assert texts == [decoded.text for decoded in BeamDecoder(ABC, model, settings)(utterances)]
+    assert changed == [decoded.text for decoded in BeamDecoder(ABC, model, pool.settings)(utterances)]
+    assert changed != texts
 
 
 @needs_flashlight
