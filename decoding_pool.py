@@ -1,6 +1,6 @@
 """Processes that decode: a beam search keeps a core busy for some hundredths of the time that the audio lasts.
 
-Processes and not threads: the search holds Python's lock, and two threads decode no more than one.
+Processes and not threads: the search holds Python's lock, and two threads decode hardly more than one.
 
 T: frames, V: outputs of the recogniser's head.
 """
