@@ -93,6 +93,8 @@ class BeamDecoder:
         self._labels = np.array(
             [vocabulary.blank_id, -1 if delimiter is None else delimiter, *map(vocabulary.token_ids.get, characters)]
         )
+        if model is not None:
+            check_spelling(model, vocabulary)
         if self.has_word_list and delimiter is None:
             raise UsageError(f"{model.folder} is of words, which this vocabulary does not divide; use --unit character")
         # As the language model's texts are written, which is what the vocabulary decodes its labels to.
@@ -182,7 +184,7 @@ def _make_decoder(
             files["lm_dict"] = str(folder / "tokens.txt")
         # A delimiter's score is per frame; a word's is per word, and without a word list there is none.
         score = "word_score" if files["lexicon"] else "sil_score"
-        with _quiet_stderr():  # KenLM advises to make a binary file.
+        with _quiet_stderr(), _naming_unreadable(model):  # KenLM advises to make a binary file.
             return ctc_decoder(
                 tokens=tokens,
                 beam_size=settings.beam_size,
@@ -199,14 +201,25 @@ def _make_decoder(
 
 def _write_lexicon(path: Path, tokens: list[str], vocabulary: Vocabulary, model: LanguageModel) -> Path:
     """Each word that the recogniser can spell, with its tokens; the delimiter ends it."""
-    words = model.words()
-    check_spelling(model, words, vocabulary)
     own = set(tokens)
     with path.open("w", encoding="utf-8") as file:
-        for word in words:
+        for word in model.words():
             if own.issuperset(word) and can_spell(word, vocabulary):
                 file.write(f"{word} {' '.join(word)} {SPACE_TOKEN}\n")
     return path
+
+
+@contextlib.contextmanager
+def _naming_unreadable(model: LanguageModel | None) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).splitlines()[-1][:200]
+        name = "the search" if model is None else model.path
+        raise UsageError(
+            f"{name} cannot be opened by flashlight-text ({said}); a build_binary of another version? build it again "
+            "without that on the PATH"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -238,7 +251,7 @@ def main() -> None:
     elif command in ("-h", "--help"):
         print(__doc__)
     else:
-        raise UsageError(f"decoding.py {command}: say build-lm or tune; --help shows both".replace(" :", ":"))
+        raise UsageError(f"{' '.join(['decoding.py', command]).strip()}: say build-lm or tune; --help shows both")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Processes that decode: a beam search keeps a core busy for some hundredths of the time that the audio lasts.
 
-Processes and not threads: the search holds Python's lock, and two threads decode no more than one.
+Processes and not threads: the search holds Python's lock, and two threads decode hardly more than one.
 
 T: frames, V: outputs of the recogniser's head.
 """
@@ -46,18 +46,38 @@ class Finished(Generic[Item]):
     seconds: float
 
 
+@dataclass
+class _Bench:
+    """Where one process decodes; its decoder is made again when the settings change."""
+
+    vocabulary: Vocabulary
+    model: LanguageModel | None
+    decoder: BeamDecoder | None = None
+
+    def decode(self, settings: BeamSettings, log_probs_TV: np.ndarray) -> tuple[Decoded, float]:
+        """The text, and the seconds of this core that the search took."""
+        if self.decoder is None or self.decoder.settings != settings:
+            self.decoder = BeamDecoder(self.vocabulary, self.model, settings)
+        before = time.process_time()
+        (decoded,) = self.decoder([log_probs_TV])
+        return decoded, time.process_time() - before
+
+
 class DecodingPool(Generic[Item]):
     """Processes that decode, few utterances under way at a time; a context manager.
 
     With `num_workers` 0 all is done here.
+
+    Attributes:
+        settings: of the search; may be changed when nothing is under way.
     """
 
     def __init__(
         self, vocabulary: Vocabulary, model: LanguageModel | None, settings: BeamSettings, num_workers: int
     ) -> None:
-        self._recipe, self._num_workers = (vocabulary, model, settings), num_workers
-        # What is wrong with the model is said here, not by a process.
-        self._decoder = BeamDecoder(*self._recipe)
+        self.settings = settings
+        self._bench, self._num_workers = _Bench(vocabulary, model), num_workers
+        BeamDecoder(vocabulary, model, settings)  # What is wrong with the model is said here, not by a process.
         self._under_way: deque[tuple[Item, Future[tuple[Decoded, float]]]] = deque()
         self._stack = contextlib.ExitStack()
 
@@ -69,7 +89,7 @@ class DecodingPool(Generic[Item]):
                     self._num_workers,
                     mp_context=fork_server("torchaudio.models.decoder", __name__),
                     initializer=_initialize_worker,
-                    initargs=self._recipe,
+                    initargs=(self._bench,),
                 )
                 for _ in range(self._num_workers):
                     self._executor.submit(int)
@@ -87,10 +107,10 @@ class DecodingPool(Generic[Item]):
             RunFailed: a process died.
         """
         if not self._num_workers:
-            yield Finished(item, *_decode_timed(self._decoder, log_probs_TV))
+            yield Finished(item, *self._bench.decode(self.settings, log_probs_TV))
             return
         with _naming_death():
-            self._under_way.append((item, self._executor.submit(_decode_in_worker, log_probs_TV)))
+            self._under_way.append((item, self._executor.submit(_decode_in_worker, self.settings, log_probs_TV)))
             while self._under_way and (
                 self._under_way[0][1].done() or len(self._under_way) > UNDER_WAY * self._num_workers
             ):
@@ -129,21 +149,15 @@ def _naming_death() -> Iterator[None]:
         raise RunFailed("a process of the beam search died: too little memory? take fewer (--beam_workers)") from error
 
 
-_worker_decoder: BeamDecoder | None = None
+_worker_bench: _Bench
 
 
-def _initialize_worker(vocabulary: Vocabulary, model: LanguageModel | None, settings: BeamSettings) -> None:
-    global _worker_decoder
+def _initialize_worker(bench: _Bench) -> None:
+    global _worker_bench
     end_with_parent_process()
     torch.set_num_threads(1)
-    _worker_decoder = BeamDecoder(vocabulary, model, settings)
+    _worker_bench = bench
 
 
-def _decode_in_worker(log_probs_TV: np.ndarray) -> tuple[Decoded, float]:
-    return _decode_timed(_worker_decoder, log_probs_TV)
-
-
-def _decode_timed(decoder: BeamDecoder, log_probs_TV: np.ndarray) -> tuple[Decoded, float]:
-    before = time.process_time()
-    (decoded,) = decoder([log_probs_TV])
-    return decoded, time.process_time() - before
+def _decode_in_worker(settings: BeamSettings, log_probs_TV: np.ndarray) -> tuple[Decoded, float]:
+    return _worker_bench.decode(settings, log_probs_TV)

@@ -44,7 +44,6 @@ from metrics import TextScore
 from model_scorer import ModelScorer
 from pretrained import find_checkpoint_folder
 from processes import describe_processes, main_first, start_processes
-from readings import BeamReading, GreedyReading, describe_reading, print_error_classes
 from recovery import failing_by_name, release_memory
 from results import (
     COMPARISON_FILE,
@@ -61,6 +60,7 @@ from results import (
 )
 from runlog import REPORT_FILE, report_line
 from scoring import Evaluation, evaluate, named_limits
+from side_by_side import BeamTexts, GreedyTexts, describe_reading, print_error_classes
 from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
 from stopping import end_loaders
 
@@ -168,9 +168,9 @@ def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelera
         rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
     breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)
     scorer.status.by_first(accelerator.is_main_process, lambda: make_folder(folder))
-    readings = [GreedyReading(scorer)]
+    readings = [GreedyTexts(scorer)]
     if config.lm is not None:
-        readings.append(BeamReading.of(config, scorer, rows))
+        readings.append(BeamTexts.of(config, scorer, rows))
     with scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY), contextlib.ExitStack() as stack:
         for reading in readings:
             stack.enter_context(reading)

@@ -97,12 +97,13 @@ def can_spell(word: str, vocabulary: Vocabulary) -> bool:
     return vocabulary.without_unknown(word) == word
 
 
-def check_spelling(model: LanguageModel, words: Counter[str], vocabulary: Vocabulary) -> None:
+def check_spelling(model: LanguageModel, vocabulary: Vocabulary) -> None:
     """The words must be written as the recogniser writes.
 
     Raises:
         UsageError: it cannot spell half of them: another case, other characters, another language.
     """
+    words = model.words()
     share = spellable_share(words, vocabulary)
     if share < MIN_SPELLABLE:
         examples = ", ".join(word for word, _ in words.most_common(3))

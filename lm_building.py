@@ -15,7 +15,7 @@ from data import ShardDataset, has_utterances
 from errors import UsageError
 from integrity import hash_file
 from language_model import MANIFEST_FILE, MODEL_FILES, SPACE_TOKEN, TUNING_FILE, WORDS_FILE
-from ngram import SPECIAL_WORDS, write_model
+from ngram import SPECIAL_WORDS, possible_order, write_model
 from progress import Progress
 from text import TextNormalizer, read_rules, resolve_case
 
@@ -94,17 +94,8 @@ def _fill(
     folder: Path, config: BuildLMConfig, normalizer: TextNormalizer, held_out: dict[str, set[int]]
 ) -> dict[str, object]:
     """Sentences, words, n-grams and, last, the manifest."""
-    words: Counter[str] = Counter()
     sentences_file = folder / SENTENCES_FILE
-    counts: Counter[str] = Counter()
-    with sentences_file.open("w", encoding="utf-8") as file:
-        for text in _with_progress(config):
-            sentence = _without_special(normalizer(text)) if text else ""
-            kept = _judge(sentence, held_out)
-            counts[kept] += 1
-            if kept == "kept":
-                words.update(sentence.split())
-                file.write(sentence + "\n")
+    words, counts = _write_sentences(sentences_file, config, normalizer, held_out)
     if not counts["kept"]:
         raise UsageError(_describe_nothing(config, counts))
     distinct, running = len(words), words.total()
@@ -112,10 +103,10 @@ def _fill(
         for word in _training_words(config.data_dir, normalizer):
             words.setdefault(word, 0)
     with (folder / WORDS_FILE).open("w", encoding="utf-8", newline="") as file:
-        file.writelines(
-            f"{word}\t{count}\n" for word, count in sorted(words.items(), key=lambda pair: (-pair[1], pair[0]))
-        )
-    order = config.order or DEFAULT_ORDERS[config.unit]
+        ordered = sorted(words.items(), key=lambda pair: (-pair[1], pair[0]))
+        file.writelines(f"{word}\t{count}\n" for word, count in ordered)
+    asked = config.order or DEFAULT_ORDERS[config.unit]
+    order = possible_order(_tokenised(sentences_file, config.unit), asked)
     name, made_by = write_model(lambda: _tokenised(sentences_file, config.unit), order, folder)
     sentences_file.unlink()
     facts = {
@@ -136,6 +127,23 @@ def _fill(
     }
     write_atomically(folder / MANIFEST_FILE, json.dumps(facts, indent=1, ensure_ascii=False))
     return facts
+
+
+def _write_sentences(
+    path: Path, config: BuildLMConfig, normalizer: TextNormalizer, held_out: dict[str, set[int]]
+) -> tuple[Counter[str], Counter[str]]:
+    """The normalised sentences that stay, a line each; their words, and how many rows were `kept` and why not."""
+    words: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    with path.open("w", encoding="utf-8") as file:
+        for text in _with_progress(config):
+            sentence = _without_special(normalizer(text)) if text else ""
+            verdict = _judge(sentence, held_out)
+            counts[verdict] += 1
+            if verdict == "kept":
+                words.update(sentence.split())
+                file.write(sentence + "\n")
+    return words, counts
 
 
 def _judge(sentence: str, held_out: dict[str, set[int]]) -> str:

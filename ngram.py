@@ -171,7 +171,7 @@ def write_model(sentences: Callable[[], Iterable[str]], order: int, folder: Path
 
     Args:
         sentences: starts a pass over them.
-        order: longest n-gram.
+        order: longest n-gram; see `possible_order`.
         folder: must exist.
 
     Returns:
@@ -183,7 +183,7 @@ def write_model(sentences: Callable[[], Iterable[str]], order: int, folder: Path
     arpa = folder / "lm.arpa"
     if lmplz := shutil.which("lmplz"):
         made_by = "lmplz, modified Kneser-Ney, --discount_fallback"
-        _run_lmplz(lmplz, sentences(), _possible_order(sentences(), order), arpa)
+        _run_lmplz(lmplz, sentences(), order, arpa)
     else:
         found = estimate(sentences(), order)
         made_by = "ngram.py, modified Kneser-Ney"
@@ -198,7 +198,8 @@ def write_model(sentences: Callable[[], Iterable[str]], order: int, folder: Path
     return "lm.arpa", made_by
 
 
-def _possible_order(sentences: Iterable[str], order: int) -> int:
+def possible_order(sentences: Iterable[str], order: int) -> int:
+    """`order`, or what the longest sentence, with <s> and </s>, can hold."""
     return min(order, max(sentence.count(" ") for sentence in sentences) + 3)
 
 

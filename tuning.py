@@ -92,7 +92,7 @@ class Search:
         step, halvings = FIRST_STEP, 0
         while halvings <= HALVINGS:
             centre = self.best
-            moves = itertools.product((-step[0], 0.0, step[0]), (-step[1], 0.0, step[1]))
+            moves = ((-step[0], 0.0), (step[0], 0.0), (0.0, -step[1]), (0.0, step[1]))
             around = [(round(centre[0] + dx, 4), round(centre[1] + dy, 4)) for dx, dy in moves]
             self._look(point for point in around if 0 <= point[0] <= MAX_WEIGHT)
             if self.best == centre:
@@ -160,29 +160,28 @@ def find_weights(
     config: TuneConfig, model: LanguageModel, vocabulary: Vocabulary, spool: LogProbSpool
 ) -> tuple[Search, Point]:
     """The search, finished, and its best point."""
-    num_workers = choose_num_workers(config.beam_workers)
-    with Progress("tuning", 0, "settings") as progress:
+    pool: DecodingPool[str] = DecodingPool(
+        vocabulary, model, BeamSettings(beam_size=config.beam_size), choose_num_workers(config.beam_workers)
+    )
+    with Progress("tuning", 0, "settings") as progress, pool:
 
         def errors(point: Point) -> tuple[int, int]:
-            settings = BeamSettings(*point, beam_size=config.beam_size)
-            found = count_errors(vocabulary, model, settings, spool, num_workers)
+            pool.settings = BeamSettings(*point, beam_size=config.beam_size)
+            words, characters = count_errors(pool, spool)
             progress.total = len(search.tried) + 1  # How many there will be shows itself on the way.
-            progress.advance(note=f"weight {point[0]:g}, score {point[1]:+g}: WER {found[0].rate:.2%}")
-            return found[0].errors, found[1].errors
+            progress.advance(note=f"weight {point[0]:g}, score {point[1]:+g}: WER {words.rate:.2%}")
+            return words.errors, characters.errors
 
         search = Search(errors)
         return search, search.run()
 
 
-def count_errors(
-    vocabulary: Vocabulary, model: LanguageModel | None, settings: BeamSettings, spool: LogProbSpool, num_workers: int
-) -> tuple[ErrorCounts, ErrorCounts]:
+def count_errors(pool: DecodingPool[str], spool: LogProbSpool) -> tuple[ErrorCounts, ErrorCounts]:
     """Word and character errors of the beam search over all utterances."""
     words, characters = ErrorCounts(), ErrorCounts()
-    with DecodingPool(vocabulary, model, settings, num_workers) as pool:
-        for finished in pool.decode(zip(spool.references, spool, strict=True)):
-            words += count_word_errors(finished.item, finished.decoded.text)
-            characters += count_character_errors(finished.item, finished.decoded.text)
+    for finished in pool.decode(zip(spool.references, spool, strict=True)):
+        words += count_word_errors(finished.item, finished.decoded.text)
+        characters += count_character_errors(finished.item, finished.decoded.text)
     return words, characters
 
 
@@ -214,6 +213,8 @@ def describe(
 def lines(facts: dict[str, object], model: LanguageModel) -> list[str]:
     """The screen."""
     greedy, with_lm = facts["greedy"], facts["with_lm"]
+    helps = with_lm["wer"] < greedy["wer"]
+    advice = [] if helps else ["  it does not help: give build-lm more text, or --unit character"]
     return [
         f"tuned on {facts['utterances']:,} utterances of {facts['data']}, {len(facts['tried'])} settings",
         f"  greedy      WER {greedy['wer']:.2%}   CER {greedy['cer']:.2%}",
@@ -221,4 +222,5 @@ def lines(facts: dict[str, object], model: LanguageModel) -> list[str]:
         "judge by another)",
         f"  --lm_weight {facts['lm_weight']:g} --word_score {facts['word_score']:g}, written to "
         f"{model.folder / TUNING_FILE}",
+        *advice,
     ]

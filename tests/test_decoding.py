@@ -241,9 +241,18 @@ def test_outputs_beyond_the_vocabulary_and_without_a_word_delimiter(make_model: 
 
 
 @needs_flashlight
-def test_words_in_another_case_are_refused(make_model: Callable[..., LanguageModel]) -> None:
+@pytest.mark.parametrize("unit", ["word", "character"])
+def test_words_in_another_case_are_refused(unit: str, make_model: Callable[..., LanguageModel]) -> None:
     with pytest.raises(UsageError, match=r"can spell 0% .* build-lm --model_name_or_path"):
-        BeamDecoder(LARGE, make_model(["lower case words"]), BeamSettings())
+        BeamDecoder(LARGE, make_model(["lower case words"], unit), BeamSettings())
+
+
+@needs_flashlight
+def test_ngrams_that_kenlm_cannot_open_are_named(make_model: Callable[..., LanguageModel]) -> None:
+    model = make_model(["ab ba"])
+    model.path.write_text("no ARPA file\n")
+    with pytest.raises(UsageError, match=r"lm.arpa cannot be opened by flashlight-text \(.*build it again"):
+        BeamDecoder(ABC, model, BeamSettings())
 
 
 def test_without_the_extra_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,10 +290,14 @@ def test_processes_decode_the_same_in_order_and_few_at_a_time(make_model: Callab
         for finished in pool.decode(handing_in()):
             found.append(finished)
             assert len(handed_in) - len(found) <= 8
+        pool.settings = BeamSettings(3.0, 1.0, 5)
+        changed = [finished.decoded.text for finished in pool.decode(enumerate(utterances))]
     assert [finished.item for finished in found] == list(range(40))
-    alone = BeamDecoder(ABC, model, settings)(utterances)
-    assert [finished.decoded.text for finished in found] == [decoded.text for decoded in alone]
     assert sum(finished.seconds for finished in found) > 0
+    texts = [finished.decoded.text for finished in found]
+    assert texts == [decoded.text for decoded in BeamDecoder(ABC, model, settings)(utterances)]
+    assert changed == [decoded.text for decoded in BeamDecoder(ABC, model, pool.settings)(utterances)]
+    assert changed != texts
 
 
 @needs_flashlight

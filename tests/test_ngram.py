@@ -117,7 +117,7 @@ def test_discounts_fall_back_where_counts_cannot_tell() -> None:
 
 def test_order_is_no_longer_than_the_longest_sentence() -> None:
     assert max(len(gram) for gram in estimated(["one two"], 6).probabilities) == 4
-    assert ngram._possible_order(["one two", "three"], 6) == 4
+    assert ngram.possible_order(["one two", "three"], 6) == 4
 
 
 def program(folder: Path, name: str, code: str) -> None:

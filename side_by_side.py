@@ -1,4 +1,4 @@
-"""How the utterances of an evaluation are read: greedily, and by a beam search with a language model beside it.
+"""The texts of an evaluation: greedy ones, and beside them those of a beam search with a language model.
 
 N: utterances of the evaluation.
 """
@@ -47,13 +47,13 @@ class Outcome:
     facts: dict[str, object]
 
 
-class GreedyReading:
+class GreedyTexts:
     """The greedy texts; a context manager."""
 
     def __init__(self, scorer: ModelScorer) -> None:
         self._scorer, self._letters, self._texts = scorer, LetterCounts(), TextSpool()
 
-    def __enter__(self) -> "GreedyReading":
+    def __enter__(self) -> "GreedyTexts":
         self._texts.__enter__()
         return self
 
@@ -83,7 +83,7 @@ class Item:
     greedy: str
 
 
-class BeamReading:
+class BeamTexts:
     """The utterances of an evaluation, decoded with a language model beside the greedy texts; a context manager.
 
     Args:
@@ -108,7 +108,7 @@ class BeamReading:
         self._stack = contextlib.ExitStack()
 
     @classmethod
-    def of(cls, config: EvaluateConfig, scorer: ModelScorer, rows: np.ndarray) -> "BeamReading":
+    def of(cls, config: EvaluateConfig, scorer: ModelScorer, rows: np.ndarray) -> "BeamTexts":
         """With the weights of the flags, else with those that `tune` found.
 
         Raises:
@@ -119,7 +119,7 @@ class BeamReading:
         of_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return cls(scorer, rows, model, settings, choose_num_workers(config.beam_workers, of_this_host))
 
-    def __enter__(self) -> "BeamReading":
+    def __enter__(self) -> "BeamTexts":
         self._stack.enter_context(self._texts)
         self._stack.enter_context(self._pool)
         return self
