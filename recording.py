@@ -6,6 +6,7 @@ S: samples.
 import contextlib
 import glob
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -35,7 +36,7 @@ class Recording:
     A context manager.
 
     Attributes:
-        name: as the user gave it.
+        name: as the user gave it, readable.
         num_samples: at 16 kHz.
         shortfall_seconds: what its header promises and the file does not hold; 0 where it is whole.
     """
@@ -47,7 +48,7 @@ class Recording:
             ClipError: missing, undecodable, empty or not_finite.
             RunFailed: no room for the samples in the temporary folder.
         """
-        self.name = STDIN_NAME if name == STDIN else name
+        self.name = STDIN_NAME if name == STDIN else readable(name)
         self.num_samples, self.shortfall_seconds = 0, 0.0
         self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed with the recording
         try:
@@ -134,16 +135,21 @@ def find_recordings(arguments: Sequence[str]) -> list[str]:
 def header_seconds(name: str) -> float:
     """What a file says of its length, to batch files of like length; 0 where it says nothing."""
     try:
-        info = soundfile.info(name)
+        info = soundfile.info(os.fsencode(name))
     except (soundfile.SoundFileError, OSError, TypeError):
         return 0.0
     return info.frames / info.samplerate
 
 
-def _open(name: str, stack: contextlib.ExitStack) -> str | io.BufferedIOBase:
+def readable(name: str) -> str:
+    """The name of a file as text: bytes that are not UTF-8, which Python keeps as surrogates, cannot be written out."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _open(name: str, stack: contextlib.ExitStack) -> bytes | io.BufferedIOBase:
     if name != STDIN:
         Path(name).open("rb").close()  # names the trouble, where libsndfile says "System error"
-        return name
+        return os.fsencode(name)
     # Most formats are read with jumps, which a pipe does not allow.
     copy = stack.enter_context(tempfile.TemporaryFile("w+b"))  # noqa: SIM115 - closed with the stack
     with reporting_disk_errors(Path(tempfile.gettempdir())):

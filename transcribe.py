@@ -16,7 +16,6 @@ import allocator  # noqa: F401 - before torch
 
 # isort: split
 
-import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,8 @@ from subtitles import FORMATS, Transcript
 
 # Files are batched by length among as many as this; their texts come in the order of the names.
 GROUP_SECONDS = 900.0
+# Each file of a group, and of the one that is decoded meanwhile, is open: systems allow 1,024, macOS 256.
+GROUP_FILES = 64
 OUT_OF_MEMORY_REMEDY = "lower --max_batch_seconds, or --chunk_length_s"
 
 Opened = tuple[str, Recording | ClipError]
@@ -99,15 +100,18 @@ def transcribe(
     seconds = {name: header_seconds(name) for name in names}
     is_alone = len(names) == 1
     with Progress("transcribing", round(sum(seconds.values())), "s of audio") as progress:
-        for group in open_ahead(group_by_seconds(seconds)):
+        for group in open_ahead(group_files(seconds)):
             for name, found in recogniser.read(group, progress.advance):
                 if isinstance(found, ClipError):
-                    say(f"skipped {name}: {found.reason} ({found.detail})", sys.stderr)
+                    say(f"skipped {_in_one_line(name)}: {found.reason} ({found.detail})", sys.stderr)
                     failed.append(name)
                     continue
                 transcript, shortfall = found
                 if shortfall:
-                    say(f"{name} breaks off {shortfall:.1f} s before the end that its header names", sys.stderr)
+                    say(
+                        f"{_in_one_line(name)} breaks off {shortfall:.1f} s before the end that its header names",
+                        sys.stderr,
+                    )
                     failed.append(name)
                 if outputs:
                     write_transcript(transcript, outputs[name])
@@ -115,11 +119,17 @@ def transcribe(
                     progress.print(on_stdout(transcript, formats[0], is_alone))
 
 
-def group_by_seconds(seconds: dict[str, float]) -> list[list[str]]:
-    """Names in their order, so many together that they fill GROUP_SECONDS."""
-    totals = itertools.accumulate(seconds.values())
-    numbered = zip(seconds, (total // GROUP_SECONDS for total in totals), strict=True)
-    return [[name for name, _ in group] for _, group in itertools.groupby(numbered, key=lambda pair: pair[1])]
+def group_files(seconds: dict[str, float]) -> list[list[str]]:
+    """Names in their order, so many together that they fill GROUP_SECONDS, GROUP_FILES at most."""
+    groups: list[list[str]] = []
+    filled = GROUP_SECONDS
+    for name, length in seconds.items():
+        if filled >= GROUP_SECONDS or len(groups[-1]) == GROUP_FILES:
+            groups.append([])
+            filled = 0.0
+        groups[-1].append(name)
+        filled += length
+    return groups
 
 
 def open_ahead(groups: list[list[str]]) -> Iterator[list[Opened]]:
@@ -154,8 +164,13 @@ def write_transcript(transcript: Transcript, paths: dict[str, Path]) -> None:
 
 def on_stdout(transcript: Transcript, kind: str, is_alone: bool) -> str:
     """A transcript as printed; text of several files has the name of its file before it."""
-    prefix = "" if is_alone or kind != "txt" else f"{transcript.file}\t"
+    prefix = "" if is_alone or kind != "txt" else f"{_in_one_line(transcript.file)}\t"
     return prefix + FORMATS[kind](transcript).removesuffix("\n")
+
+
+def _in_one_line(name: str) -> str:
+    """The name of a file, which may hold line ends and tabs."""
+    return " ".join(name.splitlines()).replace("\t", " ")
 
 
 if __name__ == "__main__":

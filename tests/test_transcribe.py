@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -215,6 +217,41 @@ def test_bad_files_are_named_and_the_others_transcribed(
     assert re.search(r"^skipped \S*none.wav: missing \(no such file\)", said.err, re.M)
     assert said.err.splitlines()[-1].startswith("failed: 2 of 4 files without a whole transcript: ")
     assert "Traceback" not in said.err
+
+
+def test_thousands_of_short_files_do_not_use_up_the_open_files(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for row in range(400):
+        soundfile.write(tmp_path / f"{row:03d}.wav", ROWS[row % len(ROWS)][1][:800], 16_000)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # As few as macOS allows, beside those that the tests have open.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 200, limits[1]))
+    try:
+        assert command(tmp_path) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [str(tmp_path / f"{row:03d}.wav") for row in range(400)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [(b"caf\xe9.wav", "caf\ufffd.wav"), ("a\nb\tc [x] ' é.wav".encode(), "a b c [x] ' é.wav")]
+)
+def test_odd_names_are_shown_in_one_line(
+    name: bytes, shown: str, command: Command, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "odd").mkdir()
+    path = os.path.join(os.fsencode(tmp_path / "odd"), name)  # noqa: PTH118 - no text
+    shutil.copy(clips / "u3_4.wav", path)
+    assert command(clips / "u3_4.wav") == 0
+    text = capsys.readouterr().out
+    shutil.copy(clips / "u3_4.wav", tmp_path / "odd" / "z.wav")
+    assert command(tmp_path / "odd") == 0
+    lines = capsys.readouterr().out.encode().decode().splitlines(keepends=True)
+    assert lines == [f"{tmp_path / 'odd' / shown}\t{text}", f"{tmp_path / 'odd' / 'z.wav'}\t{text}"]
+    assert command(tmp_path / "odd", "--format", "all", "--output_dir", tmp_path / "out") == 0
+    assert [len(list((tmp_path / "out").glob(f"*.{kind}"))) for kind in ("txt", "json", "ctm")] == [2, 2, 2]
 
 
 def test_every_format_in_a_folder(command: Command, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
