@@ -82,7 +82,7 @@ class Recording:
             raise ClipError("missing", "no such file") from None
         except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:
             # TypeError: soundfile takes names such as x.raw for headerless audio.
-            raise ClipError("undecodable", " ".join(str(error).split()) or type(error).__name__) from None
+            raise ClipError("undecodable", _reason(error)) from None
         if not self.num_samples:
             raise ClipError("empty", "no samples")
 
@@ -125,20 +125,27 @@ def find_recordings(arguments: Sequence[str]) -> list[str]:
         if argument == STDIN or path.is_file():
             names = [argument]
         elif path.is_dir():
-            names = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+            names = sorted(str(file) for file in path.rglob("*") if _holds_audio(file))
         else:
             names = sorted(glob.glob(argument, recursive=True)) or [argument]  # noqa: PTH207 - patterns may be absolute
         found |= dict.fromkeys(names)
     return list(found)
 
 
+def _holds_audio(path: Path) -> bool:
+    """By its name; a link that leads nowhere is kept, so that it is named."""
+    return path.suffix.lower() in AUDIO_SUFFIXES and (path.is_file() or not path.exists())
+
+
 def header_seconds(name: str) -> float:
-    """What a file says of its length, to batch files of like length; 0 where it says nothing."""
+    """What a file says of its length, to batch files of like length; 0 where it says nothing, or is no file."""
+    if name == STDIN or not Path(name).is_file():  # libsndfile knows "-" too, and reads what it stands for.
+        return 0.0
     try:
         info = soundfile.info(os.fsencode(name))
     except (soundfile.SoundFileError, OSError, TypeError):
         return 0.0
-    return info.frames / info.samplerate
+    return info.frames / info.samplerate if info.frames < UNKNOWN_LENGTH else 0.0
 
 
 def readable(name: str) -> str:
@@ -147,12 +154,26 @@ def readable(name: str) -> str:
 
 
 def _open(name: str, stack: contextlib.ExitStack) -> bytes | io.BufferedIOBase:
-    if name != STDIN:
-        Path(name).open("rb").close()  # names the trouble, where libsndfile says "System error"
+    """What libsndfile opens: the file, or a copy of what comes through a pipe; most formats are read with jumps."""
+    # `open` names the trouble where libsndfile says "System error".
+    source = stack.enter_context(_stdin() if name == STDIN else io.FileIO(name))
+    if name != STDIN and source.seekable():
         return os.fsencode(name)
-    # Most formats are read with jumps, which a pipe does not allow.
     copy = stack.enter_context(tempfile.TemporaryFile("w+b"))  # noqa: SIM115 - closed with the stack
     with reporting_disk_errors(Path(tempfile.gettempdir())):
-        shutil.copyfileobj(sys.stdin.buffer, copy)
+        shutil.copyfileobj(source, copy)
     copy.seek(0)
     return copy
+
+
+def _stdin() -> io.FileIO:
+    """Without Python's buffer, whose lock a thread that waits for input would hold when Ctrl-C ends the process."""
+    if sys.stdin is None:
+        raise FileNotFoundError
+    return io.FileIO(sys.stdin.fileno(), closefd=False)
+
+
+def _reason(error: Exception) -> str:
+    """Without the name of the file, which is said beside it."""
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -18,8 +18,9 @@ import allocator  # noqa: F401 - before torch
 
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from atomic import nearest_existing, reporting_disk_errors, write_atomically
@@ -101,6 +102,8 @@ def transcribe(
     is_alone = len(names) == 1
     with Progress("transcribing", round(sum(seconds.values())), "s of audio") as progress:
         for group in open_ahead(group_files(seconds)):
+            seconds |= {name: one.seconds if isinstance(one, Recording) else 0.0 for name, one in group}
+            progress.expect(round(sum(seconds.values())))
             for name, found in recogniser.read(group, progress.advance):
                 if isinstance(found, ClipError):
                     say(f"skipped {_in_one_line(name)}: {found.reason} ({found.detail})", sys.stderr)
@@ -116,7 +119,7 @@ def transcribe(
                 if outputs:
                     write_transcript(transcript, outputs[name])
                 else:
-                    progress.print(on_stdout(transcript, formats[0], is_alone))
+                    print_transcript(progress, on_stdout(transcript, formats[0], is_alone))
 
 
 def group_files(seconds: dict[str, float]) -> list[list[str]]:
@@ -134,17 +137,26 @@ def group_files(seconds: dict[str, float]) -> list[list[str]]:
 
 def open_ahead(groups: list[list[str]]) -> Iterator[list[Opened]]:
     """The recordings of each group, decoded in a thread while the model is at work on the group before."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(_open_all, groups[0])
-        for following in [*groups[1:], None]:
-            opened = coming.result()
-            if following is not None:
-                coming = pool.submit(_open_all, following)
-            yield opened
+    coming = _open_in_thread(groups[0])
+    for following in [*groups[1:], None]:
+        opened = coming.result()
+        if following is not None:
+            coming = _open_in_thread(following)
+        yield opened
 
 
-def _open_all(names: list[str]) -> list[Opened]:
-    return [(name, _open(name)) for name in names]
+def _open_in_thread(names: list[str]) -> "Future[list[Opened]]":
+    """In a daemon thread, which Ctrl-C does not wait for: a file may be hours long, and stdin never end."""
+    future: Future[list[Opened]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result([(name, _open(name)) for name in names])
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def _open(name: str) -> Recording | ClipError:
@@ -160,6 +172,16 @@ def write_transcript(transcript: Transcript, paths: dict[str, Path]) -> None:
         with reporting_disk_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, FORMATS[kind](transcript))
+
+
+def print_transcript(progress: Progress, text: str) -> None:
+    """On stdout.
+
+    Raises:
+        RunFailed: nobody reads it any more (`| head`), and there is no other result of the work.
+    """
+    if not progress.print(text):
+        raise RunFailed("stdout is closed, the other transcripts would be lost; --output_dir writes files")
 
 
 def on_stdout(transcript: Transcript, kind: str, is_alone: bool) -> str:

@@ -57,6 +57,18 @@ def test_a_resumed_run_does_not_count_what_was_done_before(clock: Clock, capsys:
     assert capsys.readouterr().err == "training: 920/1000 (92%), 2.0 updates/s, ETA 0:00:40\n"
 
 
+def test_work_that_turns_out_longer_and_comes_in_fractions(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("transcribing", total=0, unit="s of audio") as bar:
+        bar.expect(16)
+        for _ in range(20):
+            clock.now += 1
+            bar.advance(0.4)
+    assert capsys.readouterr().err == (
+        "transcribing: 4/16 (25%), 0.4 s of audio/s, ETA 0:00:30\n"
+        "transcribing: 8/16 (50%), 0.4 s of audio/s, ETA 0:00:20\n"
+    )
+
+
 def test_short_work_and_no_work_print_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("evaluating", total=2, unit="batches") as bar:
         clock.now += 9

@@ -1,7 +1,6 @@
 """transcribe.py from outside: the texts of transformers' pipeline and of evaluate.py, whatever the batches."""
 
 import csv
-import io
 import json
 import os
 import re
@@ -9,8 +8,9 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -272,9 +272,66 @@ def test_every_format_in_a_folder(command: Command, clips: Path, tmp_path: Path,
 def test_stdin(command: Command, clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     assert command(clips / "u3_4.wav") == 0
     expected = capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO((clips / "u3_4.wav").read_bytes())))
-    assert command("-") == 0
+    with (clips / "u3_4.wav").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert command("-") == 0
     assert capsys.readouterr().out == expected
+
+
+def test_ctrl_c_does_not_wait_for_the_end_of_stdin(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    reader, writer = os.pipe()
+
+    def interrupt(_: Future) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupt)
+    with os.fdopen(reader) as stdin, os.fdopen(writer, "wb"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert command("-") == 130, "and it has returned while the pipe was open"
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_has_gone_ends_the_work(
+    command: Command, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(transcribe, "GROUP_FILES", 3)
+    read = recognition.Recogniser.read
+    groups = []
+    monkeypatch.setattr(recognition.Recogniser, "read", lambda *given: groups.append(given[1]) or read(*given))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") as stdout:
+        os.dup2(writer, stdout.fileno())
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert command(clips) == 1
+        assert len(groups) == 1
+        assert command(clips, "--output_dir", tmp_path / "out") == 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # What is left in the buffer goes nowhere.
+    assert "stdout is closed" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 12
+
+
+def test_progress_counts_the_seconds_of_the_shortest_files(
+    command: Command, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = []
+
+    class Watched(transcribe.Progress):
+        def __init__(self, *given: object) -> None:
+            super().__init__(*given)
+            bars.append(self)
+
+    monkeypatch.setattr(transcribe, "Progress", Watched)
+    soundfile.write(tmp_path / "short.wav", ROWS[0][1][:4_000], 16_000)
+    assert command(tmp_path / "short.wav", clips / "u3_0.wav") == 0
+    (bar,) = bars
+    assert bar.done == pytest.approx(0.25 + len(ROWS[0][1]) / 16_000)
+    with (clips / "u3_4.wav").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert command("-") == 0
+    assert bars[1].total == round(bars[1].done) > 0, "known once it has been read"
 
 
 @pytest.mark.parametrize(
