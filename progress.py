@@ -112,7 +112,9 @@ def print_table(table: Table) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = COLUMNS_WITHOUT_TERMINAL
-    console.print(table)
+    with console.capture() as printed:  # rich would end the process where the reader is gone
+        console.print(table)
+    say(printed.get().removesuffix("\n"), sys.stdout)
 
 
 def say(text: str, stream: TextIO) -> bool:

@@ -13,6 +13,7 @@ import yaml
 
 from errors import UsageError
 from runlog import SAMPLE_COLUMNS, SLICE_COLUMNS, read_log
+from shapes import COMPARISON, CONFIG, ENVIRONMENT, PREFLIGHT, RESULTS, TRAIN_RESULTS, Shape, check_shape
 
 Content = TypeVar("Content")
 Row = dict[str, Any]
@@ -104,13 +105,14 @@ def read_run(folder: Path) -> RunFolder:
     log = reader.read("training_log.csv", _read_log, "no curves and no cost")
     if log is not None:
         run.log, run.log_time = log, (folder / "training_log.csv").stat().st_mtime
-    run.config = reader.read("config.yaml", _read_yaml, "no settings") or {}
-    run.environment = reader.read("environment.json", _read_json, "no machine and packages") or {}
-    run.results = _Reader(folder, []).read("train_results.json", _read_json, "") or {}
+    run.config = reader.read("config.yaml", _yaml_of(CONFIG), "no settings") or {}
+    run.environment = reader.read("environment.json", _json_of(ENVIRONMENT), "no machine and packages") or {}
     run.samples = reader.read("eval_samples.csv", _newest(SAMPLE_COLUMNS), "no samples of dev") or []
-    run.slices = reader.read("eval_slices.csv", _newest(SLICE_COLUMNS), "no slices of dev") or []
-    run.preflight = reader.read("preflight.json", _read_json, "no checks before step 1") or {}
-    if not run.results:
+    run.slices = reader.read("eval_slices.csv", _read_slices, "no slices of dev") or []
+    run.preflight = _without_unknown(reader.read("preflight.json", _json_of(PREFLIGHT), "no checks before step 1"))
+    if (folder / "train_results.json").is_file():
+        run.results = _without_unknown(reader.read("train_results.json", _json_of(TRAIN_RESULTS), "no final figures"))
+    else:
         run.missing.append(
             "train_results.json is not there: the run is not finished, or was stopped; figures are those so far"
         )
@@ -122,9 +124,11 @@ def read_results(folder: Path) -> ResultsFolder:
     found = ResultsFolder(folder)
     reader = _Reader(folder, found.missing)
     remedy = "run evaluate.py again"
-    found.results = reader.read(RESULTS_FILE, _read_json, f"no intervals, slices and letters; {remedy}") or {}
+    found.results = _without_unknown(
+        reader.read(RESULTS_FILE, _json_of(RESULTS), f"no intervals, slices and letters; {remedy}")
+    )
     if (folder / COMPARISON_FILE).is_file():
-        found.comparison = reader.read(COMPARISON_FILE, _read_comparison, "no comparison") or {}
+        found.comparison = reader.read(COMPARISON_FILE, _json_of(COMPARISON), "no comparison") or {}
     if (folder / UTTERANCES_FILE).is_file():
         found.utterances = folder / UTTERANCES_FILE
     else:
@@ -166,28 +170,37 @@ def _read_log(path: Path) -> list[Row]:
     ]
     if any("step" not in row or "epoch" not in row for row in rows):
         raise ValueError("a row without step or epoch")
+    texts = {name for row in rows for name, value in row.items() if isinstance(value, str)} - {"state"}
+    if texts:
+        raise ValueError(f"text where numbers belong: {', '.join(sorted(texts))}")
     return rows
 
 
-def _read_json(path: Path) -> Row:
-    return _mapping(json.loads(path.read_text(encoding="utf-8")))
+def _json_of(shape: Shape) -> Callable[[Path], Row]:
+    """Reads a JSON file of this shape."""
+
+    def read(path: Path) -> Row:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        check_shape(value, shape)
+        return value
+
+    return read
 
 
-def _read_yaml(path: Path) -> Row:
-    return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+def _yaml_of(shape: Shape) -> Callable[[Path], Row]:
+    """Reads a YAML file of this shape."""
+
+    def read(path: Path) -> Row:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_shape(value, shape)
+        return value
+
+    return read
 
 
-def _mapping(value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} where names and values belong")
-    return value
-
-
-def _read_comparison(path: Path) -> Row:
-    found = _read_json(path)
-    if "other_model" not in found:
-        raise ValueError("another version of evaluate.py wrote it")
-    return found
+def _without_unknown(values: Row | None) -> Row:
+    """What is None is not known, as if it were not there."""
+    return {name: value for name, value in (values or {}).items() if value is not None}
 
 
 def _newest(columns: Sequence[str]) -> Callable[[Path], list[Row]]:
@@ -203,3 +216,19 @@ def _newest(columns: Sequence[str]) -> Callable[[Path], list[Row]]:
         return [row for row in rows if row["step"] == rows[-1]["step"]]
 
     return read
+
+
+def _read_slices(path: Path) -> list[Row]:
+    """Rows of the last evaluation, rates and counts as numbers."""
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    rows = _newest(SLICE_COLUMNS)(path)
+    rates = ("wer", "wer_low", "wer_high", "cer")
+    return [
+        row
+        | {name: number(row[name]) for name in rates}
+        | {"step": int(row["step"]), "utterances": int(row["utterances"]), "is_small": row["is_small"] == "True"}
+        for row in rows
+    ]

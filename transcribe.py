@@ -178,9 +178,13 @@ def print_transcript(progress: Progress, text: str) -> None:
     """On stdout.
 
     Raises:
-        RunFailed: nobody reads it any more (`| head`), and there is no other result of the work.
+        RunFailed: nobody reads it any more (`| head`), or the disk is full, and the work has no other result.
     """
-    if not progress.print(text):
+    try:
+        is_read = progress.print(text)
+    except OSError as error:
+        raise RunFailed(f"stdout cannot be written: {error.strerror}") from error
+    if not is_read:
         raise RunFailed("stdout is closed, the other transcripts would be lost; --output_dir writes files")
 
 

@@ -1,9 +1,11 @@
 """What progress prints into a pipe, on a terminal, and when it is disabled."""
 
 import io
+import os
 import sys
 
 import pytest
+from rich.table import Table
 
 import progress
 from progress import Progress, format_seconds
@@ -133,3 +135,22 @@ def test_on_a_terminal_an_evaluation_shares_the_display_of_training(monkeypatch:
 )
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_a_table_for_a_reader_that_has_gone_costs_the_table_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    table = Table("slice")
+    table.add_row("speaker")
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        progress.print_table(table)
+        assert not progress.say("more", stdout)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # What is left in the buffer goes nowhere.
+
+
+def test_a_table_is_printed_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("slice", box=None)
+    table.add_row("speaker")
+    progress.print_table(table)
+    assert [line.strip() for line in capsys.readouterr().out.split("\n")] == ["slice", "speaker", ""]

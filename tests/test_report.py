@@ -1,16 +1,18 @@
 """report.py from outside: figures are those of the files, text stays text, limits are kept, missing pieces are said."""
 
 import base64
+import copy
 import csv
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, make_rows, training, write_part, write_recipe
 from report_folders import HOSTILE, Seen, blocks, make_texts, write_data, write_results, write_run
 
@@ -373,6 +375,70 @@ def test_each_piece_of_a_run_may_be_missing_or_damaged(
         assert f"{name} cannot be read" in shown
 
 
+def changed(tree: object, path: tuple[str | int, ...], value: object) -> object:
+    """A copy of a tree with another value at a place, or without it where the value is ABSENT."""
+    if not path:
+        return value
+    copied = copy.copy(tree)
+    inner = changed(copied[path[0]], path[1:], value)
+    if inner is ABSENT:
+        del copied[path[0]]
+    else:
+        copied[path[0]] = inner
+    return copied
+
+
+def places(tree: object) -> Iterator[tuple[str | int, ...]]:
+    """Every place of a tree of dicts and lists."""
+    yield ()
+    for name in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield from ((name, *inner) for inner in places(tree[name]))
+
+
+ABSENT = object()
+
+
+@pytest.mark.parametrize("value", ["<text>", {"a": 1}, None, ABSENT], ids=("text", "dict", "none", "absent"))
+@pytest.mark.parametrize("name", ["results.json", "train_results.json", "preflight.json", "config.yaml",
+                                  "environment.json"])  # fmt: skip
+def test_any_value_of_a_file_may_be_another(
+    tmp_path: Path, command: Command, name: str, value: object, capsys: pytest.CaptureFixture
+) -> None:
+    """Another version, another program's results.json, an editor: shown, or named; never a traceback."""
+    folder = tmp_path / "run"
+    write_run(folder, tmp_path / "data", samples=[("u3_1", "one two", "one too")])
+    tree = yaml.safe_load((folder / name).read_text()) if (folder / name).is_file() else {}
+    if name == "results.json":
+        folder = tmp_path / "found"
+        tree = write_results(folder, make_texts(2), write_data(tmp_path / "data", 12))
+        (folder / "utterances.csv").unlink()
+    elif name == "train_results.json":
+        rates = {"best_eval_wer": 0.2, "best_eval_wer_low": 0.1, "best_eval_wer_high": 0.3, "test_cer": 0.1}
+        one = {"slice": "speaker", "group": "ann", "utterances": 31, "wer": 0.25, "wer_low": 0.1, "wer_high": 0.5}
+        tree = rates | {"best_step": 10, "train_runtime": 20.0, "elapsed_seconds": 30.0, "eval_seconds": 2.0}
+        tree |= {"test_slices": [one | {"cer": 0.1, "is_small": False}]}
+    for place in places(tree):
+        if place or value is not ABSENT:
+            (folder / name).write_text(json.dumps(changed(tree, place, value)), encoding="utf-8")
+            assert command(folder, "--no_audio") == 0, place
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("eval_slices.csv", ",31,", ",many,"), ("eval_slices.csv", "0.25", "low"), ("training_log.csv", ",36,", ",fast,")],
+)
+def test_a_table_with_text_where_numbers_belong(
+    tmp_path: Path, command: Command, name: str, before: str, after: str
+) -> None:
+    write_run(tmp_path / "run", tmp_path / "data")
+    text = (tmp_path / "run" / name).read_text()
+    assert before in text
+    (tmp_path / "run" / name).write_text(text.replace(before, after))
+    assert command(tmp_path / "run", "--no_audio") == 0
+    assert f"{name} cannot be read" in visible((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+
+
 def test_a_damaged_evaluation_inside_a_run_is_said(tmp_path: Path, command: Command) -> None:
     write_run(tmp_path / "run", tmp_path / "data")
     write_results(tmp_path / "run" / "evaluation_test", make_texts(20), write_data(tmp_path / "data", 12))
@@ -477,7 +543,7 @@ def test_a_comparison_is_shown(tmp_path: Path, command: Command) -> None:
     (tmp_path / "found" / "comparison.json").write_text('{"other": "base"}')
     assert command(tmp_path / "found", "--no_audio") == 0
     shown = visible((tmp_path / "found" / "report.html").read_text(encoding="utf-8"))
-    assert "comparison.json cannot be read (another version of evaluate.py wrote it): no comparison" in shown
+    assert "comparison.json cannot be read (no other_model): no comparison" in shown
 
 
 # What is refused

@@ -313,6 +313,16 @@ def test_a_reader_that_has_gone_ends_the_work(
     assert len(list((tmp_path / "out").iterdir())) == 12
 
 
+def test_a_full_disk_behind_stdout_is_one_line(
+    command: Command, clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with open(os.open("/dev/full", os.O_WRONLY), "w") as stdout:  # noqa: PTH123 - a descriptor to be turned elsewhere
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert command(clips / "u3_0.wav") == 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    assert capsys.readouterr().err.splitlines()[-1] == "failed: stdout cannot be written: No space left on device"
+
+
 def test_progress_counts_the_seconds_of_the_shortest_files(
     command: Command, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
