@@ -62,6 +62,7 @@ class ResultsFolder:
 
     Attributes:
         folder: the directory.
+        name: of the evaluation, for a reader.
         results: results.json.
         comparison: comparison.json, which only --compare writes.
         utterances: path of utterances.csv, or None.
@@ -69,6 +70,7 @@ class ResultsFolder:
     """
 
     folder: Path
+    name: str
     results: Row = field(default_factory=dict)
     comparison: Row = field(default_factory=dict)
     utterances: Path | None = None
@@ -78,7 +80,8 @@ class ResultsFolder:
 def find_folders(folder: Path) -> tuple[RunFolder | None, list[ResultsFolder]]:
     """The run and the results that a folder holds: a run with or without results inside, or results alone.
 
-    Results may also lie in folders of their own inside it.
+    Results may also lie in folders of their own inside it, and in these those with a language model (lm) and those of
+    the model that was compared.
 
     Raises:
         UsageError: it holds neither.
@@ -87,9 +90,9 @@ def find_folders(folder: Path) -> tuple[RunFolder | None, list[ResultsFolder]]:
         kind = "is not a folder" if folder.exists() else "does not exist"
         raise UsageError(f"{folder} {kind}: name a run directory of train.py or a results folder of evaluate.py")
     run = read_run(folder) if any((folder / name).is_file() for name in RUN_MARKS) else None
-    inside = sorted(path.parent for path in folder.glob(f"*/{RESULTS_FILE}"))
+    inside = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{RESULTS_FILE}"))
     own = [folder] if run is None and _holds_results(folder) else []
-    found = [read_results(one) for one in own or inside]
+    found = [read_results(one, _name_inside(one, folder)) for one in own + inside]
     if run is None and not found:
         raise UsageError(
             f"{folder} is neither a run directory of train.py (training_log.csv, config.yaml) nor a results folder of "
@@ -119,9 +122,9 @@ def read_run(folder: Path) -> RunFolder:
     return run
 
 
-def read_results(folder: Path) -> ResultsFolder:
+def read_results(folder: Path, name: str) -> ResultsFolder:
     """All pieces of a results folder."""
-    found = ResultsFolder(folder)
+    found = ResultsFolder(folder, name)
     reader = _Reader(folder, found.missing)
     remedy = "run evaluate.py again"
     found.results = _without_unknown(
@@ -140,6 +143,12 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a CSV file, one by one."""
     with path.open(encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file)
+
+
+def _name_inside(folder: Path, outer: Path) -> str:
+    """`test/lm` for evaluation_test/lm; of the outer folder itself, its own name."""
+    parts = folder.relative_to(outer).parts or (outer.resolve().name,)
+    return "/".join(part.removeprefix("evaluation_") for part in parts)
 
 
 def _holds_results(folder: Path) -> bool:

@@ -171,7 +171,7 @@ def show(
         sections = [curves, *map(show_inside, evaluations), *show_run(run, evaluations, samples, config)]
     now = datetime.datetime.now(datetime.timezone.utc)
     missing = [*(run.missing if run else [])]
-    missing += [f"{one.folder.folder.name}: {line}" for one in evaluations for line in one.folder.missing]
+    missing += [f"{one.folder.name}: {line}" for one in evaluations for line in one.folder.missing]
     return join(
         element("header",
                 element("h1", title),
@@ -236,8 +236,7 @@ def show_inside(one: Evaluated) -> tuple[str, str, Markup]:
     parts = show_evaluation(one)
     links = navigation((identity, title) for identity, title, _ in parts)
     content = join(links, [section(identity, title, content, level=3) for identity, title, content in parts])
-    name = one.folder.folder.name.removeprefix("evaluation_")
-    return f"evaluation-{one.number}", f"Evaluation: {name}", content
+    return f"evaluation-{one.number}", f"Evaluation: {one.folder.name}", content
 
 
 if __name__ == "__main__":

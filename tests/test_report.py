@@ -445,7 +445,7 @@ def test_a_damaged_evaluation_inside_a_run_is_said(tmp_path: Path, command: Comm
     (tmp_path / "run" / "evaluation_test" / "utterances.csv").write_text("id,reference\n1,a\n")
     assert command(tmp_path / "run", "--no_audio") == 0
     shown = visible((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
-    assert "evaluation_test: " in shown and "utterances.csv is not a table that evaluate.py wrote" in shown
+    assert "test: " in shown and "utterances.csv is not a table that evaluate.py wrote" in shown
     assert "43.21 %" in shown and "Words taken for others" not in shown
 
 
@@ -513,6 +513,23 @@ def test_several_results_in_a_folder_are_shown_side_by_side(
     identities = [attributes["id"] for _, attributes in Seen(page).elements if "id" in attributes]
     assert len(identities) == len(set(identities))
     assert capsys.readouterr().err.count("No clips: there is no folder") == 1, "the same is said once"
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_the_texts_with_a_language_model_are_shown_beside_the_greedy_ones(
+    tmp_path: Path, command: Command, is_run: bool
+) -> None:
+    write_run(tmp_path / "run", tmp_path / "data")
+    folder = tmp_path / "run" / "evaluation_test"
+    data = write_data(tmp_path / "data", 12)
+    write_results(folder, make_texts(10), data)
+    write_results(folder / "lm", make_texts(9), data)
+    assert command(tmp_path / "run" if is_run else folder, "--no_audio", "--output", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    names = re.findall(r"<h2>Evaluation: ([^<]*)</h2>", page)
+    assert names == (["test", "test/lm"] if is_run else ["test", "lm"])
+    counts = [len(blocks(page)[f"utterances-{number}-utterances"]["utterances"]) for number in (0, 1)]
+    assert counts == [10, 9]
 
 
 def test_other_data_under_the_same_ids_is_not_played(
