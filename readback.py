@@ -98,6 +98,8 @@ def find_folders(folder: Path) -> tuple[RunFolder | None, list[ResultsFolder]]:
             f"{folder} is neither a run directory of train.py (training_log.csv, config.yaml) nor a results folder of "
             "evaluate.py (results.json, utterances.csv): name one of these"
         )
+    if run is None and not any(one.results or one.utterances for one in found):
+        raise UsageError(f"{folder} holds no results of evaluate.py: {'; '.join(found[0].missing)}")
     return run, found
 
 
@@ -108,13 +110,17 @@ def read_run(folder: Path) -> RunFolder:
     log = reader.read("training_log.csv", _read_log, "no curves and no cost")
     if log is not None:
         run.log, run.log_time = log, (folder / "training_log.csv").stat().st_mtime
-    run.config = reader.read("config.yaml", _yaml_of(CONFIG), "no settings") or {}
-    run.environment = reader.read("environment.json", _json_of(ENVIRONMENT), "no machine and packages") or {}
+    run.config = reader.read("config.yaml", _shaped(yaml.safe_load, CONFIG), "no settings") or {}
+    run.environment = reader.read("environment.json", _shaped(json.loads, ENVIRONMENT), "no machine and packages") or {}
     run.samples = reader.read("eval_samples.csv", _newest(SAMPLE_COLUMNS), "no samples of dev") or []
     run.slices = reader.read("eval_slices.csv", _read_slices, "no slices of dev") or []
-    run.preflight = _without_unknown(reader.read("preflight.json", _json_of(PREFLIGHT), "no checks before step 1"))
+    run.preflight = _without_unknown(
+        reader.read("preflight.json", _shaped(json.loads, PREFLIGHT), "no checks before step 1")
+    )
     if (folder / "train_results.json").is_file():
-        run.results = _without_unknown(reader.read("train_results.json", _json_of(TRAIN_RESULTS), "no final figures"))
+        run.results = _without_unknown(
+            reader.read("train_results.json", _shaped(json.loads, TRAIN_RESULTS), "no final figures")
+        )
     else:
         run.missing.append(
             "train_results.json is not there: the run is not finished, or was stopped; figures are those so far"
@@ -128,10 +134,10 @@ def read_results(folder: Path, name: str) -> ResultsFolder:
     reader = _Reader(folder, found.missing)
     remedy = "run evaluate.py again"
     found.results = _without_unknown(
-        reader.read(RESULTS_FILE, _json_of(RESULTS), f"no intervals, slices and letters; {remedy}")
+        reader.read(RESULTS_FILE, _shaped(json.loads, RESULTS), f"no intervals, slices and letters; {remedy}")
     )
     if (folder / COMPARISON_FILE).is_file():
-        found.comparison = reader.read(COMPARISON_FILE, _json_of(COMPARISON), "no comparison") or {}
+        found.comparison = reader.read(COMPARISON_FILE, _shaped(json.loads, COMPARISON), "no comparison") or {}
     if (folder / UTTERANCES_FILE).is_file():
         found.utterances = folder / UTTERANCES_FILE
     else:
@@ -185,22 +191,11 @@ def _read_log(path: Path) -> list[Row]:
     return rows
 
 
-def _json_of(shape: Shape) -> Callable[[Path], Row]:
-    """Reads a JSON file of this shape."""
+def _shaped(load: Callable[[str], Any], shape: Shape) -> Callable[[Path], Row]:
+    """Reads a JSON or YAML file of this shape."""
 
     def read(path: Path) -> Row:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        check_shape(value, shape)
-        return value
-
-    return read
-
-
-def _yaml_of(shape: Shape) -> Callable[[Path], Row]:
-    """Reads a YAML file of this shape."""
-
-    def read(path: Path) -> Row:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = load(path.read_text(encoding="utf-8"))
         check_shape(value, shape)
         return value
 

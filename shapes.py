@@ -33,9 +33,10 @@ class OrNone:
 
 @dataclass(frozen=True)
 class Known:
-    """Names that may be missing; those that are there have these shapes, and None stands for a missing one."""
+    """Names that may be missing, `needed` ones aside; None stands for a missing one, the others have these shapes."""
 
     shapes: dict[str, Shape]
+    needed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def check_shape(value: Any, shape: Shape, place: str = "") -> None:
 def _inner_shapes(value: Any, shape: Shape) -> list[tuple[str | int, Shape]]:
     """The parts of a value that have a shape, by name or place."""
     if isinstance(shape, Known):
-        return [(name, inner) for name, inner in shape.shapes.items() if value.get(name) is not None]
+        known = [name for name in shape.shapes if name in shape.needed or value.get(name) is not None]
+        return [(name, shape.shapes[name]) for name in known]
     if isinstance(shape, EachOf):
         return [(name, shape.shape) for name in value]
     if isinstance(shape, dict):
@@ -110,7 +112,8 @@ RESULTS = Known(
         "worst_slice": _SLICE | {"is_beyond_chance": bool},
         "processes": Known({"mixed_precision": str}),
         "letters": EachOf({"occurrences": int, "recall": NUMBER}),
-    }
+    },
+    needed=("wer",),
 )
 COMPARISON = {
     "other_model": str,

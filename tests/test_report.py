@@ -411,7 +411,6 @@ def test_any_value_of_a_file_may_be_another(
     if name == "results.json":
         folder = tmp_path / "found"
         tree = write_results(folder, make_texts(2), write_data(tmp_path / "data", 12))
-        (folder / "utterances.csv").unlink()
     elif name == "train_results.json":
         rates = {"best_eval_wer": 0.2, "best_eval_wer_low": 0.1, "best_eval_wer_high": 0.3, "test_cer": 0.1}
         one = {"slice": "speaker", "group": "ann", "utterances": 31, "wer": 0.25, "wer_low": 0.1, "wer_high": 0.5}
@@ -580,6 +579,7 @@ def test_a_comparison_is_shown(tmp_path: Path, command: Command) -> None:
         (("found", "--no_video"), "unknown setting --no_video"),
         (("damaged",), "utterances.csv is not a table that evaluate.py wrote"),
         (("headless",), "utterances.csv holds no utterance"),
+        (("foreign",), "foreign holds no results of evaluate.py: results.json cannot be read (no wer)"),
     ],
 )
 def test_what_is_refused(
@@ -593,6 +593,8 @@ def test_what_is_refused(
     for name, text in (("damaged", "id,reference\n1,a\n"), ("headless", "id,reference,hypothesis,seconds,speaker\n")):
         Path(name).mkdir()
         Path(name, "utterances.csv").write_text(text)
+    Path("foreign").mkdir()
+    Path("foreign", "results.json").write_text('{"accuracy": 0.3}')
     assert command(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

@@ -35,6 +35,8 @@ def test_what_fits(value: object, shape: Shape) -> None:
         ({"a": {}}, Known({"a": {"b": int}}), "a has no b"),
         ({"x": 1, "y": "2"}, EachOf(int), "y is a str, a whole number is needed"),
         ({"a": ["x", 1]}, {"a": [str]}, "a: 1 is a int, text is needed"),
+        ({"b": 1}, Known({"a": int, "b": int}, needed=("a",)), "no a"),
+        ({"a": None}, Known({"a": int}, needed=("a",)), "a is a NoneType, a whole number is needed"),
         ([True], (bool, bool), "the whole has 1 elements, not 2"),
     ],
 )
