@@ -44,6 +44,7 @@ from metrics import TextScore
 from model_scorer import ModelScorer
 from pretrained import find_checkpoint_folder
 from processes import describe_processes, main_first, start_processes
+from progress import say
 from recovery import failing_by_name, release_memory
 from results import (
     COMPARISON_FILE,
@@ -90,7 +91,7 @@ def main() -> None:
             other = read_utterances(folder / COMPARED_FOLDER) if other is None else other
             report_comparison(config, folder, other)
         if accelerator.is_main_process:
-            print(report_line(folder), flush=True)
+            say(report_line(folder), sys.stdout)
     finally:
         end_loaders()
         accelerator.end_training()
@@ -198,7 +199,7 @@ def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelera
                 write_drops(place / DROPS_FILE, config.split, dropped)
                 write_results(place, own)
             print_results(results[0])
-            print(f"written to {folder}: {RESULTS_FILE}, {UTTERANCES_FILE}", flush=True)
+            say(f"written to {folder}: {RESULTS_FILE}, {UTTERANCES_FILE}", sys.stdout)
             if config.lm is not None:
                 report_language_model(folder, results[1])
 
@@ -211,9 +212,9 @@ def report_language_model(folder: Path, results: dict[str, object]) -> None:
     found = compare(read_utterances(folder / LM_FOLDER), read_utterances(folder))
     facts = found.facts() | {"other_model": str(folder), "error_classes": results["error_classes"]}
     write_atomically(folder / LM_FOLDER / COMPARISON_FILE, json.dumps(facts, indent=1))
-    print("\n".join((*describe_reading(results), *found.lines("greedy", "with the LM"))), flush=True)
+    say("\n".join((*describe_reading(results), *found.lines("greedy", "with the LM"))), sys.stdout)
     print_error_classes(results["error_classes"])
-    print(f"written to {folder / LM_FOLDER}: the same files for these texts, {COMPARISON_FILE}", flush=True)
+    say(f"written to {folder / LM_FOLDER}: the same files for these texts, {COMPARISON_FILE}", sys.stdout)
 
 
 def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:
@@ -275,7 +276,7 @@ def report_comparison(config: EvaluateConfig, folder: Path, other: Utterances) -
     """Both results side by side, on the screen and in comparison.json."""
     found = compare(read_utterances(folder), other)
     write_atomically(folder / COMPARISON_FILE, json.dumps(found.facts() | {"other_model": config.compare}, indent=1))
-    print("\n".join(found.lines(config.compare, config.model_name_or_path)), flush=True)
+    say("\n".join(found.lines(config.compare, config.model_name_or_path)), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from charts import bar_limit, interval_bar, percent, with_limits
 from markup import Markup, element, join
@@ -139,16 +140,12 @@ def rate_table(rows: Sequence[RateRow], heading: str = "group") -> Markup:
     return join(said, table(headings, cells, numeric, class_="bars"))
 
 
-def slice_rows(slices: Iterable[Mapping[str, object]]) -> list[RateRow]:
-    """Rows of eval_slices.csv (text) or of the `slices` of results.json (JSON values)."""
-
-    def number(value: object) -> float | None:
-        return None if value in (None, "") else float(value)
-
+def slice_rows(slices: Iterable[Mapping[str, Any]]) -> list[RateRow]:
+    """Rows of eval_slices.csv or of the slices of results.json, as `readback` reads them."""
     return [
         RateRow(
-            str(one["group"]), str(one["slice"]), int(one["utterances"]), float(one["wer"]), number(one["wer_low"]),
-            number(one["wer_high"]), number(one["cer"]), str(one["is_small"]) == "True",
+            one["group"], one["slice"], one["utterances"], one["wer"], one["wer_low"], one["wer_high"], one["cer"],
+            one["is_small"],
         )
         for one in slices
     ]  # fmt: skip

@@ -1,6 +1,5 @@
 """Progress of long work: a bar with rate and ETA on a terminal, plain lines when piped."""
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ class Progress:
         seconds_left: Callable[[], float | None] | None = None,
     ) -> None:  # fmt: skip
         self.description, self.total, self.unit, self.enabled = description, total, unit, enabled
-        self.start, self.done, self.audio_seconds = start, start, 0.0
+        self.start, self.done, self.audio_seconds = start, float(start), 0.0
         self._started_at = self._last_line_at = time.monotonic()
         self._bar: RichProgress | None = None
         self._seconds_left = self._left_at_this_rate if seconds_left is None else seconds_left
@@ -55,7 +54,13 @@ class Progress:
             self._task = self._bar.add_task(self.description, total=self.total, completed=self.done, status="", eta="")
         return self
 
-    def advance(self, count: int = 1, audio_seconds: float = 0.0, note: str = "") -> None:
+    def expect(self, total: int) -> None:
+        """The work has turned out to be of another size."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
+    def advance(self, count: float = 1, audio_seconds: float = 0.0, note: str = "") -> None:
         """Add `count` finished units; `note` is shown behind the rate (a loss, a WER)."""
         self.done += count
         self.audio_seconds += audio_seconds
@@ -65,12 +70,12 @@ class Progress:
             self._last_line_at = time.monotonic()
             say(self._line(note), sys.stderr)
 
-    def print(self, text: str) -> None:
-        """Print a line above the bar on stdout; nothing on a disabled progress."""
+    def print(self, text: str) -> bool:
+        """Print a line above the bar on stdout; nothing on a disabled progress. False when nobody reads it."""
         if self._bar is not None and sys.stdout.isatty():
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        elif self.enabled:
-            say(text, sys.stdout)
+            return True
+        return not self.enabled or say(text, sys.stdout)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -92,7 +97,7 @@ class Progress:
 
     def _line(self, note: str) -> str:
         share = self.done / max(self.total, 1)
-        return f"{self.description}: {self.done}/{self.total} ({share:.0%}), {self._status(note)}, {self._eta()}"
+        return f"{self.description}: {self.done:.0f}/{self.total} ({share:.0%}), {self._status(note)}, {self._eta()}"
 
     def _left_at_this_rate(self) -> float:
         return (self.total - self.done) / max(self._rate(), 1e-9)
@@ -107,13 +112,22 @@ def print_table(table: Table) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = COLUMNS_WITHOUT_TERMINAL
-    console.print(table)
+    with console.capture() as printed:  # rich would end the process where the reader is gone
+        console.print(table)
+    say(printed.get().removesuffix("\n"), sys.stdout)
 
 
-def say(text: str, stream: TextIO) -> None:
-    """Print a line; a reader that is gone (`| tee` after Ctrl-C, `| head`) costs the line and not the run."""
-    with contextlib.suppress(BrokenPipeError):
+def say(text: str, stream: TextIO) -> bool:
+    """Print a line; a reader that is gone (`| tee` after Ctrl-C, `| head`) costs the line and not the run.
+
+    Returns:
+        Whether the line was written.
+    """
+    try:
         print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def format_seconds(seconds: float) -> str:

@@ -13,6 +13,7 @@ import yaml
 
 from errors import UsageError
 from runlog import SAMPLE_COLUMNS, SLICE_COLUMNS, read_log
+from shapes import COMPARISON, CONFIG, ENVIRONMENT, PREFLIGHT, RESULTS, TRAIN_RESULTS, Shape, check_shape
 
 Content = TypeVar("Content")
 Row = dict[str, Any]
@@ -61,6 +62,7 @@ class ResultsFolder:
 
     Attributes:
         folder: the directory.
+        name: of the evaluation, for a reader.
         results: results.json.
         comparison: comparison.json, which only --compare writes.
         utterances: path of utterances.csv, or None.
@@ -68,6 +70,7 @@ class ResultsFolder:
     """
 
     folder: Path
+    name: str
     results: Row = field(default_factory=dict)
     comparison: Row = field(default_factory=dict)
     utterances: Path | None = None
@@ -77,7 +80,8 @@ class ResultsFolder:
 def find_folders(folder: Path) -> tuple[RunFolder | None, list[ResultsFolder]]:
     """The run and the results that a folder holds: a run with or without results inside, or results alone.
 
-    Results may also lie in folders of their own inside it.
+    Results may also lie in folders of their own inside it, and in these those with a language model (lm) and those of
+    the model that was compared.
 
     Raises:
         UsageError: it holds neither.
@@ -86,14 +90,16 @@ def find_folders(folder: Path) -> tuple[RunFolder | None, list[ResultsFolder]]:
         kind = "is not a folder" if folder.exists() else "does not exist"
         raise UsageError(f"{folder} {kind}: name a run directory of train.py or a results folder of evaluate.py")
     run = read_run(folder) if any((folder / name).is_file() for name in RUN_MARKS) else None
-    inside = sorted(path.parent for path in folder.glob(f"*/{RESULTS_FILE}"))
+    inside = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{RESULTS_FILE}"))
     own = [folder] if run is None and _holds_results(folder) else []
-    found = [read_results(one) for one in own or inside]
+    found = [read_results(one, _name_inside(one, folder)) for one in own + inside]
     if run is None and not found:
         raise UsageError(
             f"{folder} is neither a run directory of train.py (training_log.csv, config.yaml) nor a results folder of "
             "evaluate.py (results.json, utterances.csv): name one of these"
         )
+    if run is None and not any(one.results or one.utterances for one in found):
+        raise UsageError(f"{folder} holds no results of evaluate.py: {'; '.join(found[0].missing)}")
     return run, found
 
 
@@ -104,27 +110,34 @@ def read_run(folder: Path) -> RunFolder:
     log = reader.read("training_log.csv", _read_log, "no curves and no cost")
     if log is not None:
         run.log, run.log_time = log, (folder / "training_log.csv").stat().st_mtime
-    run.config = reader.read("config.yaml", _read_yaml, "no settings") or {}
-    run.environment = reader.read("environment.json", _read_json, "no machine and packages") or {}
-    run.results = _Reader(folder, []).read("train_results.json", _read_json, "") or {}
+    run.config = reader.read("config.yaml", _shaped(yaml.safe_load, CONFIG), "no settings") or {}
+    run.environment = reader.read("environment.json", _shaped(json.loads, ENVIRONMENT), "no machine and packages") or {}
     run.samples = reader.read("eval_samples.csv", _newest(SAMPLE_COLUMNS), "no samples of dev") or []
-    run.slices = reader.read("eval_slices.csv", _newest(SLICE_COLUMNS), "no slices of dev") or []
-    run.preflight = reader.read("preflight.json", _read_json, "no checks before step 1") or {}
-    if not run.results:
+    run.slices = reader.read("eval_slices.csv", _read_slices, "no slices of dev") or []
+    run.preflight = _without_unknown(
+        reader.read("preflight.json", _shaped(json.loads, PREFLIGHT), "no checks before step 1")
+    )
+    if (folder / "train_results.json").is_file():
+        run.results = _without_unknown(
+            reader.read("train_results.json", _shaped(json.loads, TRAIN_RESULTS), "no final figures")
+        )
+    else:
         run.missing.append(
             "train_results.json is not there: the run is not finished, or was stopped; figures are those so far"
         )
     return run
 
 
-def read_results(folder: Path) -> ResultsFolder:
+def read_results(folder: Path, name: str) -> ResultsFolder:
     """All pieces of a results folder."""
-    found = ResultsFolder(folder)
+    found = ResultsFolder(folder, name)
     reader = _Reader(folder, found.missing)
     remedy = "run evaluate.py again"
-    found.results = reader.read(RESULTS_FILE, _read_json, f"no intervals, slices and letters; {remedy}") or {}
+    found.results = _without_unknown(
+        reader.read(RESULTS_FILE, _shaped(json.loads, RESULTS), f"no intervals, slices and letters; {remedy}")
+    )
     if (folder / COMPARISON_FILE).is_file():
-        found.comparison = reader.read(COMPARISON_FILE, _read_comparison, "no comparison") or {}
+        found.comparison = reader.read(COMPARISON_FILE, _shaped(json.loads, COMPARISON), "no comparison") or {}
     if (folder / UTTERANCES_FILE).is_file():
         found.utterances = folder / UTTERANCES_FILE
     else:
@@ -136,6 +149,12 @@ def read_table(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a CSV file, one by one."""
     with path.open(encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file)
+
+
+def _name_inside(folder: Path, outer: Path) -> str:
+    """`test/lm` for evaluation_test/lm; of the outer folder itself, its own name."""
+    parts = folder.relative_to(outer).parts or (outer.resolve().name,)
+    return "/".join(part.removeprefix("evaluation_") for part in parts)
 
 
 def _holds_results(folder: Path) -> bool:
@@ -166,28 +185,26 @@ def _read_log(path: Path) -> list[Row]:
     ]
     if any("step" not in row or "epoch" not in row for row in rows):
         raise ValueError("a row without step or epoch")
+    texts = {name for row in rows for name, value in row.items() if isinstance(value, str)} - {"state"}
+    if texts:
+        raise ValueError(f"text where numbers belong: {', '.join(sorted(texts))}")
     return rows
 
 
-def _read_json(path: Path) -> Row:
-    return _mapping(json.loads(path.read_text(encoding="utf-8")))
+def _shaped(load: Callable[[str], Any], shape: Shape) -> Callable[[Path], Row]:
+    """Reads a JSON or YAML file of this shape."""
+
+    def read(path: Path) -> Row:
+        value = load(path.read_text(encoding="utf-8"))
+        check_shape(value, shape)
+        return value
+
+    return read
 
 
-def _read_yaml(path: Path) -> Row:
-    return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
-
-
-def _mapping(value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} where names and values belong")
-    return value
-
-
-def _read_comparison(path: Path) -> Row:
-    found = _read_json(path)
-    if "other_model" not in found:
-        raise ValueError("another version of evaluate.py wrote it")
-    return found
+def _without_unknown(values: Row | None) -> Row:
+    """What is None is not known, as if it were not there."""
+    return {name: value for name, value in (values or {}).items() if value is not None}
 
 
 def _newest(columns: Sequence[str]) -> Callable[[Path], list[Row]]:
@@ -203,3 +220,19 @@ def _newest(columns: Sequence[str]) -> Callable[[Path], list[Row]]:
         return [row for row in rows if row["step"] == rows[-1]["step"]]
 
     return read
+
+
+def _read_slices(path: Path) -> list[Row]:
+    """Rows of the last evaluation, rates and counts as numbers."""
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    rows = _newest(SLICE_COLUMNS)(path)
+    rates = ("wer", "wer_low", "wer_high", "cer")
+    return [
+        row
+        | {name: number(row[name]) for name in rates}
+        | {"step": int(row["step"]), "utterances": int(row["utterances"]), "is_small": row["is_small"] == "True"}
+        for row in rows
+    ]

@@ -25,7 +25,7 @@ from subtitles import Transcript
 from text import TextNormalizer
 from windows import FrameGrid, Joiner, Window, plan_windows
 
-Advance = Callable[[int], None]
+Advance = Callable[[float], None]
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Recogniser:
             for (window, job), log_probs_TV in zip(batch, self.log_probs(audio), strict=True):
                 job.text.add(job.joiner.add(window, log_probs_TV))
                 # Overlaps are heard twice and counted once.
-                advance(round(job.recording.seconds / len(job.windows)))
+                advance(job.recording.seconds / len(job.windows))
 
     @torch.inference_mode()
     def log_probs(self, audio: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ S: samples.
 import contextlib
 import glob
 import io
+import os
 import shutil
 import sys
 import tempfile
@@ -35,7 +36,7 @@ class Recording:
     A context manager.
 
     Attributes:
-        name: as the user gave it.
+        name: as the user gave it, readable.
         num_samples: at 16 kHz.
         shortfall_seconds: what its header promises and the file does not hold; 0 where it is whole.
     """
@@ -47,7 +48,7 @@ class Recording:
             ClipError: missing, undecodable, empty or not_finite.
             RunFailed: no room for the samples in the temporary folder.
         """
-        self.name = STDIN_NAME if name == STDIN else name
+        self.name = STDIN_NAME if name == STDIN else readable(name)
         self.num_samples, self.shortfall_seconds = 0, 0.0
         self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed with the recording
         try:
@@ -81,7 +82,7 @@ class Recording:
             raise ClipError("missing", "no such file") from None
         except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:
             # TypeError: soundfile takes names such as x.raw for headerless audio.
-            raise ClipError("undecodable", " ".join(str(error).split()) or type(error).__name__) from None
+            raise ClipError("undecodable", _reason(error)) from None
         if not self.num_samples:
             raise ClipError("empty", "no samples")
 
@@ -124,29 +125,55 @@ def find_recordings(arguments: Sequence[str]) -> list[str]:
         if argument == STDIN or path.is_file():
             names = [argument]
         elif path.is_dir():
-            names = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+            names = sorted(str(file) for file in path.rglob("*") if _holds_audio(file))
         else:
             names = sorted(glob.glob(argument, recursive=True)) or [argument]  # noqa: PTH207 - patterns may be absolute
         found |= dict.fromkeys(names)
     return list(found)
 
 
+def _holds_audio(path: Path) -> bool:
+    """By its name; a link that leads nowhere is kept, so that it is named."""
+    return path.suffix.lower() in AUDIO_SUFFIXES and (path.is_file() or not path.exists())
+
+
 def header_seconds(name: str) -> float:
-    """What a file says of its length, to batch files of like length; 0 where it says nothing."""
+    """What a file says of its length, to batch files of like length; 0 where it says nothing, or is no file."""
+    if name == STDIN or not Path(name).is_file():  # libsndfile knows "-" too, and reads what it stands for.
+        return 0.0
     try:
-        info = soundfile.info(name)
+        info = soundfile.info(os.fsencode(name))
     except (soundfile.SoundFileError, OSError, TypeError):
         return 0.0
-    return info.frames / info.samplerate
+    return info.frames / info.samplerate if info.frames < UNKNOWN_LENGTH else 0.0
 
 
-def _open(name: str, stack: contextlib.ExitStack) -> str | io.BufferedIOBase:
-    if name != STDIN:
-        Path(name).open("rb").close()  # names the trouble, where libsndfile says "System error"
-        return name
-    # Most formats are read with jumps, which a pipe does not allow.
+def readable(name: str) -> str:
+    """The name of a file as text: bytes that are not UTF-8, which Python keeps as surrogates, cannot be written out."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
+def _open(name: str, stack: contextlib.ExitStack) -> bytes | io.BufferedIOBase:
+    """What libsndfile opens: the file, or a copy of what comes through a pipe; most formats are read with jumps."""
+    # `open` names the trouble where libsndfile says "System error".
+    source = stack.enter_context(_stdin() if name == STDIN else io.FileIO(name))
+    if name != STDIN and source.seekable():
+        return os.fsencode(name)
     copy = stack.enter_context(tempfile.TemporaryFile("w+b"))  # noqa: SIM115 - closed with the stack
     with reporting_disk_errors(Path(tempfile.gettempdir())):
-        shutil.copyfileobj(sys.stdin.buffer, copy)
+        shutil.copyfileobj(source, copy)
     copy.seek(0)
     return copy
+
+
+def _stdin() -> io.FileIO:
+    """Without Python's buffer, whose lock a thread that waits for input would hold when Ctrl-C ends the process."""
+    if sys.stdin is None:
+        raise FileNotFoundError
+    return io.FileIO(sys.stdin.fileno(), closefd=False)
+
+
+def _reason(error: Exception) -> str:
+    """Without the name of the file, which is said beside it."""
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -27,6 +27,7 @@ from explorer import Explorer
 from listing import Listed, UtteranceTable, scan
 from markup import Markup, element, join, json_block
 from page import navigation, notes, render, section
+from progress import say
 from readback import ResultsFolder, RunFolder, find_folders
 from runlog import REPORT_FILE
 
@@ -74,7 +75,7 @@ def main() -> None:
     add_clips(explorers, MAX_PAGE_BYTES - SPARE_BYTES - len(compose()), config)
     page = compose()
     write_atomically(path, page)
-    print(f"written: {path} ({format_bytes(len(page))})", flush=True)
+    say(f"written: {path} ({format_bytes(len(page))})", sys.stdout)
 
 
 def choose_output(config: ReportConfig, folder: Path) -> Path:
@@ -120,7 +121,7 @@ def gather_samples(run: RunFolder, config: ReportConfig) -> Explorer:
     """The few utterances that a run writes out at every evaluation."""
     listed = [Listed(row["id"], row["reference"], row["prediction"]) for row in run.samples]
     data_dir = config.data_dir or run.config.get("data_dir")
-    split = Path(data_dir) / run.config.get("eval_split", "dev") if data_dir else None
+    split = Path(data_dir) / (run.config.get("eval_split") or "dev") if data_dir else None
     return Explorer("samples", listed, len(listed), split=split)
 
 
@@ -140,7 +141,7 @@ def add_clips(explorers: Sequence[Explorer], max_bytes: int, config: ReportConfi
             remark = f"No clips: {error}. If the data lies elsewhere, give --data_dir."
             explorer.remarks.append(remark)
             if remark not in said:
-                print(remark, file=sys.stderr, flush=True)
+                say(remark, sys.stderr)
             said.add(remark)
             continue
         max_bytes -= sum(map(len, explorer.clips.values()))
@@ -170,7 +171,7 @@ def show(
         sections = [curves, *map(show_inside, evaluations), *show_run(run, evaluations, samples, config)]
     now = datetime.datetime.now(datetime.timezone.utc)
     missing = [*(run.missing if run else [])]
-    missing += [f"{one.folder.folder.name}: {line}" for one in evaluations for line in one.folder.missing]
+    missing += [f"{one.folder.name}: {line}" for one in evaluations for line in one.folder.missing]
     return join(
         element("header",
                 element("h1", title),
@@ -235,8 +236,7 @@ def show_inside(one: Evaluated) -> tuple[str, str, Markup]:
     parts = show_evaluation(one)
     links = navigation((identity, title) for identity, title, _ in parts)
     content = join(links, [section(identity, title, content, level=3) for identity, title, content in parts])
-    name = one.folder.folder.name.removeprefix("evaluation_")
-    return f"evaluation-{one.number}", f"Evaluation: {name}", content
+    return f"evaluation-{one.number}", f"Evaluation: {one.folder.name}", content
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from data import ShardDataset
 from errors import UsageError
 from metrics import COUNT_COLUMNS, LetterCounts
 from processes import RankStatus
-from progress import print_table
+from progress import print_table, say
 from scoring import Evaluation, describe_limits
 from slices import OWN_COLUMNS, corpus_name
 
@@ -170,11 +171,11 @@ def describe_letters(letters: LetterCounts) -> dict[str, dict[str, float]]:
 
 def print_results(results: dict[str, object]) -> None:
     """One screen on stdout: the figures, what they cover, the slices, the letters."""
-    print("\n".join(_summary(results)), flush=True)
+    say("\n".join(_summary(results)), sys.stdout)
     if results["slices"]:
         print_table(_slice_table(results["slices"]))
-        print(_worst(results), flush=True)
-    print("\n".join(_letters(results["letters"])), flush=True)
+        say(_worst(results), sys.stdout)
+    say("\n".join(_letters(results["letters"])), sys.stdout)
 
 
 def _summary(results: dict[str, object]) -> list[str]:

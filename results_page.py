@@ -39,14 +39,18 @@ def results_facts(results: Row) -> Markup:
     covers = "" if unit.get("unit") == "speakers" else "; too few speakers are known for it to cover new voices"
     processes = results.get("processes", {})
     precision = {"no": "fp32"}.get(processes.get("mixed_precision"), processes.get("mixed_precision"))
-    scored = f"{results['utterances']:,} of {results['utterances_of_split']:,}" if "utterances" in results else None
-    seconds = results.get("seconds")
+    scored = (
+        f"{results['utterances']:,} of {results['utterances_of_split']:,}"
+        if {"utterances", "utterances_of_split"} <= results.keys()
+        else None
+    )
+    seconds, taken = results.get("seconds"), results.get("seconds_taken")
     return facts(
         {
             "model": results.get("model"),
             "data": results.get("data"),
             "utterances": scored,
-            "audio": f"{format_seconds(seconds)}, scored in {results['seconds_taken']:.0f} s" if seconds else None,
+            "audio": f"{format_seconds(seconds)}, scored in {taken:.0f} s" if seconds and taken is not None else None,
             "precision": precision,
             "intervals": f"bootstrap over {unit['units']:,} {unit['unit']}{covers}" if unit else None,
             "text": ", ".join(f"{name} {value}" for name, value in results.get("text_rules", {}).items()) or None,
@@ -54,7 +58,7 @@ def results_facts(results: Row) -> Markup:
             "WER on the texts as found": percent(results["raw_wer"]) if "raw_wer" in results else None,
             "near-ties": f"{results['near_ties']:,} of {results['frames']:,} frames, where another machine may decide "
             "otherwise"
-            if "near_ties" in results
+            if {"near_ties", "frames"} <= results.keys()
             else None,
         }
     )

@@ -16,11 +16,11 @@ import allocator  # noqa: F401 - before torch
 
 # isort: split
 
-import itertools
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 from atomic import nearest_existing, reporting_disk_errors, write_atomically
@@ -34,6 +34,8 @@ from subtitles import FORMATS, Transcript
 
 # Files are batched by length among as many as this; their texts come in the order of the names.
 GROUP_SECONDS = 900.0
+# Each file of a group, and of the one that is decoded meanwhile, is open: systems allow 1,024, macOS 256.
+GROUP_FILES = 64
 OUT_OF_MEMORY_REMEDY = "lower --max_batch_seconds, or --chunk_length_s"
 
 Opened = tuple[str, Recording | ClipError]
@@ -99,42 +101,62 @@ def transcribe(
     seconds = {name: header_seconds(name) for name in names}
     is_alone = len(names) == 1
     with Progress("transcribing", round(sum(seconds.values())), "s of audio") as progress:
-        for group in open_ahead(group_by_seconds(seconds)):
+        for group in open_ahead(group_files(seconds)):
+            seconds |= {name: one.seconds if isinstance(one, Recording) else 0.0 for name, one in group}
+            progress.expect(round(sum(seconds.values())))
             for name, found in recogniser.read(group, progress.advance):
                 if isinstance(found, ClipError):
-                    say(f"skipped {name}: {found.reason} ({found.detail})", sys.stderr)
+                    say(f"skipped {_in_one_line(name)}: {found.reason} ({found.detail})", sys.stderr)
                     failed.append(name)
                     continue
                 transcript, shortfall = found
                 if shortfall:
-                    say(f"{name} breaks off {shortfall:.1f} s before the end that its header names", sys.stderr)
+                    say(
+                        f"{_in_one_line(name)} breaks off {shortfall:.1f} s before the end that its header names",
+                        sys.stderr,
+                    )
                     failed.append(name)
                 if outputs:
                     write_transcript(transcript, outputs[name])
                 else:
-                    progress.print(on_stdout(transcript, formats[0], is_alone))
+                    print_transcript(progress, on_stdout(transcript, formats[0], is_alone))
 
 
-def group_by_seconds(seconds: dict[str, float]) -> list[list[str]]:
-    """Names in their order, so many together that they fill GROUP_SECONDS."""
-    totals = itertools.accumulate(seconds.values())
-    numbered = zip(seconds, (total // GROUP_SECONDS for total in totals), strict=True)
-    return [[name for name, _ in group] for _, group in itertools.groupby(numbered, key=lambda pair: pair[1])]
+def group_files(seconds: dict[str, float]) -> list[list[str]]:
+    """Names in their order, so many together that they fill GROUP_SECONDS, GROUP_FILES at most."""
+    groups: list[list[str]] = []
+    filled = GROUP_SECONDS
+    for name, length in seconds.items():
+        if filled >= GROUP_SECONDS or len(groups[-1]) == GROUP_FILES:
+            groups.append([])
+            filled = 0.0
+        groups[-1].append(name)
+        filled += length
+    return groups
 
 
 def open_ahead(groups: list[list[str]]) -> Iterator[list[Opened]]:
     """The recordings of each group, decoded in a thread while the model is at work on the group before."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(_open_all, groups[0])
-        for following in [*groups[1:], None]:
-            opened = coming.result()
-            if following is not None:
-                coming = pool.submit(_open_all, following)
-            yield opened
+    coming = _open_in_thread(groups[0])
+    for following in [*groups[1:], None]:
+        opened = coming.result()
+        if following is not None:
+            coming = _open_in_thread(following)
+        yield opened
 
 
-def _open_all(names: list[str]) -> list[Opened]:
-    return [(name, _open(name)) for name in names]
+def _open_in_thread(names: list[str]) -> "Future[list[Opened]]":
+    """In a daemon thread, which Ctrl-C does not wait for: a file may be hours long, and stdin never end."""
+    future: Future[list[Opened]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result([(name, _open(name)) for name in names])
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def _open(name: str) -> Recording | ClipError:
@@ -152,10 +174,29 @@ def write_transcript(transcript: Transcript, paths: dict[str, Path]) -> None:
         write_atomically(path, FORMATS[kind](transcript))
 
 
+def print_transcript(progress: Progress, text: str) -> None:
+    """On stdout.
+
+    Raises:
+        RunFailed: nobody reads it any more (`| head`), or the disk is full, and the work has no other result.
+    """
+    try:
+        is_read = progress.print(text)
+    except OSError as error:
+        raise RunFailed(f"stdout cannot be written: {error.strerror}") from error
+    if not is_read:
+        raise RunFailed("stdout is closed, the other transcripts would be lost; --output_dir writes files")
+
+
 def on_stdout(transcript: Transcript, kind: str, is_alone: bool) -> str:
     """A transcript as printed; text of several files has the name of its file before it."""
-    prefix = "" if is_alone or kind != "txt" else f"{transcript.file}\t"
+    prefix = "" if is_alone or kind != "txt" else f"{_in_one_line(transcript.file)}\t"
     return prefix + FORMATS[kind](transcript).removesuffix("\n")
+
+
+def _in_one_line(name: str) -> str:
+    """The name of a file, which may hold line ends and tabs."""
+    return " ".join(name.splitlines()).replace("\t", " ")
 
 
 if __name__ == "__main__":

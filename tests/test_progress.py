@@ -1,9 +1,11 @@
 """What progress prints into a pipe, on a terminal, and when it is disabled."""
 
 import io
+import os
 import sys
 
 import pytest
+from rich.table import Table
 
 import progress
 from progress import Progress, format_seconds
@@ -55,6 +57,18 @@ def test_a_resumed_run_does_not_count_what_was_done_before(clock: Clock, capsys:
         clock.now += 10
         bar.advance(20)
     assert capsys.readouterr().err == "training: 920/1000 (92%), 2.0 updates/s, ETA 0:00:40\n"
+
+
+def test_work_that_turns_out_longer_and_comes_in_fractions(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("transcribing", total=0, unit="s of audio") as bar:
+        bar.expect(16)
+        for _ in range(20):
+            clock.now += 1
+            bar.advance(0.4)
+    assert capsys.readouterr().err == (
+        "transcribing: 4/16 (25%), 0.4 s of audio/s, ETA 0:00:30\n"
+        "transcribing: 8/16 (50%), 0.4 s of audio/s, ETA 0:00:20\n"
+    )
 
 
 def test_short_work_and_no_work_print_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,3 +135,22 @@ def test_on_a_terminal_an_evaluation_shares_the_display_of_training(monkeypatch:
 )
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_a_table_for_a_reader_that_has_gone_costs_the_table_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    table = Table("slice")
+    table.add_row("speaker")
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        progress.print_table(table)
+        assert not progress.say("more", stdout)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # What is left in the buffer goes nowhere.
+
+
+def test_a_table_is_printed_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("slice", box=None)
+    table.add_row("speaker")
+    progress.print_table(table)
+    assert [line.strip() for line in capsys.readouterr().out.split("\n")] == ["slice", "speaker", ""]

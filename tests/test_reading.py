@@ -90,6 +90,19 @@ def test_speech_without_a_pause_is_cut_all_the_same() -> None:
     assert len(text.replace(" ", "")) == 4_000
 
 
+def test_a_piece_ends_in_the_middle_of_its_longest_silence() -> None:
+    """In its second half, frames 750 to 1,500; the silence at 400 lies before it, that at 800 is shorter."""
+    log_probs_TV = np.full((1_600, 6), -9.0, np.float32)
+    log_probs_TV[np.arange(1_600), 3 + np.arange(1_600) % 3] = -0.01
+    for start, end in ((300, 600), (800, 840), (1_000, 1_100)):
+        log_probs_TV[start:end, VOCABULARY.blank_id] = 0.0
+    decoder = GreedyDecoder(VOCABULARY)
+    beam = BeamReading(VOCABULARY, SECONDS_PER_FRAME, decoder)
+    beam.add(log_probs_TV)
+    beam.finish()
+    assert decoder.lengths == [1_050, 550]
+
+
 def test_no_frames_have_no_text() -> None:
     for reading in (
         GreedyReading(VOCABULARY, SECONDS_PER_FRAME),

@@ -1,11 +1,10 @@
 """Recordings of any length: the samples of prepare.py, in flat memory, and what is wrong with a file."""
 
-import io
 import os
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,25 +59,59 @@ def test_an_hour_takes_no_more_memory_than_a_few_minutes(tmp_path: Path) -> None
 
 def test_stdin_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soundfile.write(tmp_path / "a.flac", noise(1, 16_000), 16_000)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO((tmp_path / "a.flac").read_bytes())))
-    with Recording("-") as found, Recording(str(tmp_path / "a.flac")) as expected:
-        assert found.name == "stdin"
+    with (tmp_path / "a.flac").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with Recording("-") as found, Recording(str(tmp_path / "a.flac")) as expected:
+            assert found.name == "stdin"
+            assert np.array_equal(found.read(0, 16_000), expected.read(0, 16_000))
+
+
+def test_a_pipe_is_read_as_a_file(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(1, 16_000), 16_000)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes((tmp_path / "a.wav").read_bytes()))
+    writer.start()
+    assert header_seconds(str(tmp_path / "pipe")) == 0, "asking for the length would take its beginning away"
+    with Recording(str(tmp_path / "pipe")) as found, Recording(str(tmp_path / "a.wav")) as expected:
+        writer.join()
         assert np.array_equal(found.read(0, 16_000), expected.read(0, 16_000))
 
 
+def test_asking_for_the_length_of_stdin_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-").touch()
+    own, (reader, writer) = os.dup(0), os.pipe()
+    os.write(writer, b"RIFF and more")
+    os.dup2(reader, 0)
+    try:
+        assert header_seconds("-") == 0
+        assert os.read(0, 100) == b"RIFF and more"
+    finally:
+        os.dup2(own, 0)
+        for descriptor in (own, reader, writer):
+            os.close(descriptor)
+
+
+def test_a_closed_stdin_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ClipError, match="no such file"):
+        Recording("-")
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "reason"),
+    ("name", "content", "reason", "detail"),
     [
-        ("none.wav", None, "missing"),
-        ("text.wav", b"no audio at all", "undecodable"),
-        ("empty.wav", b"", "undecodable"),
-        ("nothing.wav", np.zeros((0, 1)), "empty"),
-        ("nan.wav", np.array([[0.1], [np.nan]]), "not_finite"),
-        ("folder", "folder", "undecodable"),
+        ("none.wav", None, "missing", "no such file"),
+        ("text.wav", b"no audio at all", "undecodable", "Format not recognised."),
+        ("empty.wav", b"", "undecodable", "Format not recognised."),
+        ("headerless.raw", b"no audio at all", "undecodable", "samplerate must be specified"),
+        ("nothing.wav", np.zeros((0, 1)), "empty", "no samples"),
+        ("nan.wav", np.array([[0.1], [np.nan]]), "not_finite", "NaN or infinite samples behind 0 s"),
+        ("folder", "folder", "undecodable", "Is a directory"),
     ],
 )
 def test_what_cannot_be_read_has_a_reason(
-    name: str, content: bytes | np.ndarray | str | None, reason: str, tmp_path: Path
+    name: str, content: bytes | np.ndarray | str | None, reason: str, detail: str, tmp_path: Path
 ) -> None:
     path = tmp_path / name
     if isinstance(content, bytes):
@@ -89,7 +122,7 @@ def test_what_cannot_be_read_has_a_reason(
         path.mkdir()
     with pytest.raises(ClipError) as caught:
         Recording(str(path))
-    assert caught.value.reason == reason
+    assert (caught.value.reason, caught.value.detail) == (reason, detail)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac"])
@@ -112,5 +145,9 @@ def test_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_recordings(["*.wav", "b.wav", "notes.txt", "-"]) == ["b.wav", "notes.txt", "-"]
     assert find_recordings([f"{tmp_path}/sub/**/*.ogg"]) == [f"{tmp_path}/sub/deep/d.ogg"]
     assert find_recordings(["none.wav", "none/*.wav"]) == ["none.wav", "none/*.wav"]
+    Path("sub/folder.wav").mkdir()
+    os.mkfifo("sub/pipe.wav")
+    Path("sub/lost.wav").symlink_to("nowhere.wav")
+    assert find_recordings(["sub"]) == ["sub/c.flac", "sub/deep/d.ogg", "sub/lost.wav"]
     Path("a[1].wav").touch()
     assert find_recordings(["a[1].wav"]) == ["a[1].wav"], "a file of that very name"

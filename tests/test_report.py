@@ -1,16 +1,18 @@
 """report.py from outside: figures are those of the files, text stays text, limits are kept, missing pieces are said."""
 
 import base64
+import copy
 import csv
 import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, make_rows, training, write_part, write_recipe
 from report_folders import HOSTILE, Seen, blocks, make_texts, write_data, write_results, write_run
 
@@ -373,13 +375,76 @@ def test_each_piece_of_a_run_may_be_missing_or_damaged(
         assert f"{name} cannot be read" in shown
 
 
+def changed(tree: object, path: tuple[str | int, ...], value: object) -> object:
+    """A copy of a tree with another value at a place, or without it where the value is ABSENT."""
+    if not path:
+        return value
+    copied = copy.copy(tree)
+    inner = changed(copied[path[0]], path[1:], value)
+    if inner is ABSENT:
+        del copied[path[0]]
+    else:
+        copied[path[0]] = inner
+    return copied
+
+
+def places(tree: object) -> Iterator[tuple[str | int, ...]]:
+    """Every place of a tree of dicts and lists."""
+    yield ()
+    for name in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield from ((name, *inner) for inner in places(tree[name]))
+
+
+ABSENT = object()
+
+
+@pytest.mark.parametrize("value", ["<text>", {"a": 1}, None, ABSENT], ids=("text", "dict", "none", "absent"))
+@pytest.mark.parametrize("name", ["results.json", "train_results.json", "preflight.json", "config.yaml",
+                                  "environment.json"])  # fmt: skip
+def test_any_value_of_a_file_may_be_another(
+    tmp_path: Path, command: Command, name: str, value: object, capsys: pytest.CaptureFixture
+) -> None:
+    """Another version, another program's results.json, an editor: shown, or named; never a traceback."""
+    folder = tmp_path / "run"
+    write_run(folder, tmp_path / "data", samples=[("u3_1", "one two", "one too")])
+    tree = yaml.safe_load((folder / name).read_text()) if (folder / name).is_file() else {}
+    if name == "results.json":
+        folder = tmp_path / "found"
+        tree = write_results(folder, make_texts(2), write_data(tmp_path / "data", 12))
+    elif name == "train_results.json":
+        rates = {"best_eval_wer": 0.2, "best_eval_wer_low": 0.1, "best_eval_wer_high": 0.3, "test_cer": 0.1}
+        one = {"slice": "speaker", "group": "ann", "utterances": 31, "wer": 0.25, "wer_low": 0.1, "wer_high": 0.5}
+        tree = rates | {"best_step": 10, "train_runtime": 20.0, "elapsed_seconds": 30.0, "eval_seconds": 2.0}
+        tree |= {"test_slices": [one | {"cer": 0.1, "is_small": False}]}
+    for place in places(tree):
+        if place or value is not ABSENT:
+            (folder / name).write_text(json.dumps(changed(tree, place, value)), encoding="utf-8")
+            assert command(folder, "--no_audio") == 0, place
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("eval_slices.csv", ",31,", ",many,"), ("eval_slices.csv", "0.25", "low"), ("training_log.csv", ",36,", ",fast,")],
+)
+def test_a_table_with_text_where_numbers_belong(
+    tmp_path: Path, command: Command, name: str, before: str, after: str
+) -> None:
+    write_run(tmp_path / "run", tmp_path / "data")
+    text = (tmp_path / "run" / name).read_text()
+    assert before in text
+    (tmp_path / "run" / name).write_text(text.replace(before, after))
+    assert command(tmp_path / "run", "--no_audio") == 0
+    assert f"{name} cannot be read" in visible((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+
+
 def test_a_damaged_evaluation_inside_a_run_is_said(tmp_path: Path, command: Command) -> None:
     write_run(tmp_path / "run", tmp_path / "data")
     write_results(tmp_path / "run" / "evaluation_test", make_texts(20), write_data(tmp_path / "data", 12))
     (tmp_path / "run" / "evaluation_test" / "utterances.csv").write_text("id,reference\n1,a\n")
     assert command(tmp_path / "run", "--no_audio") == 0
     shown = visible((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
-    assert "evaluation_test: " in shown and "utterances.csv is not a table that evaluate.py wrote" in shown
+    assert "test: " in shown and "utterances.csv is not a table that evaluate.py wrote" in shown
     assert "43.21 %" in shown and "Words taken for others" not in shown
 
 
@@ -449,6 +514,23 @@ def test_several_results_in_a_folder_are_shown_side_by_side(
     assert capsys.readouterr().err.count("No clips: there is no folder") == 1, "the same is said once"
 
 
+@pytest.mark.parametrize("is_run", [True, False])
+def test_the_texts_with_a_language_model_are_shown_beside_the_greedy_ones(
+    tmp_path: Path, command: Command, is_run: bool
+) -> None:
+    write_run(tmp_path / "run", tmp_path / "data")
+    folder = tmp_path / "run" / "evaluation_test"
+    data = write_data(tmp_path / "data", 12)
+    write_results(folder, make_texts(10), data)
+    write_results(folder / "lm", make_texts(9), data)
+    assert command(tmp_path / "run" if is_run else folder, "--no_audio", "--output", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    names = re.findall(r"<h2>Evaluation: ([^<]*)</h2>", page)
+    assert names == (["test", "test/lm"] if is_run else ["test", "lm"])
+    counts = [len(blocks(page)[f"utterances-{number}-utterances"]["utterances"]) for number in (0, 1)]
+    assert counts == [10, 9]
+
+
 def test_other_data_under_the_same_ids_is_not_played(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture
 ) -> None:
@@ -477,7 +559,7 @@ def test_a_comparison_is_shown(tmp_path: Path, command: Command) -> None:
     (tmp_path / "found" / "comparison.json").write_text('{"other": "base"}')
     assert command(tmp_path / "found", "--no_audio") == 0
     shown = visible((tmp_path / "found" / "report.html").read_text(encoding="utf-8"))
-    assert "comparison.json cannot be read (another version of evaluate.py wrote it): no comparison" in shown
+    assert "comparison.json cannot be read (no other_model): no comparison" in shown
 
 
 # What is refused
@@ -497,6 +579,7 @@ def test_a_comparison_is_shown(tmp_path: Path, command: Command) -> None:
         (("found", "--no_video"), "unknown setting --no_video"),
         (("damaged",), "utterances.csv is not a table that evaluate.py wrote"),
         (("headless",), "utterances.csv holds no utterance"),
+        (("foreign",), "foreign holds no results of evaluate.py: results.json cannot be read (no wer)"),
     ],
 )
 def test_what_is_refused(
@@ -510,6 +593,8 @@ def test_what_is_refused(
     for name, text in (("damaged", "id,reference\n1,a\n"), ("headless", "id,reference,hypothesis,seconds,speaker\n")):
         Path(name).mkdir()
         Path(name, "utterances.csv").write_text(text)
+    Path("foreign").mkdir()
+    Path("foreign", "results.json").write_text('{"accuracy": 0.3}')
     assert command(*arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

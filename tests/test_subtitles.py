@@ -21,6 +21,7 @@ SHORT = Transcript(
     "so <b> & c",
     words_of(("so", 0.5, 0.7), ("<b>", 0.8, 1.25), ("&", 3661.5, 3661.6), ("c", 3661.7, 3662.0)),
 )
+QUOTED = Transcript("q.wav", 1.0, "don't \">", words_of(("don't", 0.0, 0.4), ('">', 0.5, 1.0)))
 NOTHING = Transcript("n.wav", 2.0, "", [])
 
 
@@ -36,6 +37,7 @@ NOTHING = Transcript("n.wav", 2.0, "", [])
             "WEBVTT\n\n00:00:00.500 --> 00:00:01.500\nso &lt;b&gt;\n\n01:01:01.500 --> 01:01:02.500\n&amp; c\n\n",
         ),
         ("vtt", NOTHING, "WEBVTT\n\n"),
+        ("vtt", QUOTED, "WEBVTT\n\n00:00:00.000 --> 00:00:01.000\ndon't \"&gt;\n\n"),
         (
             "ctm", SHORT,
             "a_b 1 0.50 0.20 so 0.900\na_b 1 0.80 0.45 <b> 0.900\n"

@@ -1,14 +1,16 @@
 """transcribe.py from outside: the texts of transformers' pipeline and of evaluate.py, whatever the batches."""
 
 import csv
-import io
 import json
+import os
 import re
+import resource
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -217,6 +219,41 @@ def test_bad_files_are_named_and_the_others_transcribed(
     assert "Traceback" not in said.err
 
 
+def test_thousands_of_short_files_do_not_use_up_the_open_files(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for row in range(400):
+        soundfile.write(tmp_path / f"{row:03d}.wav", ROWS[row % len(ROWS)][1][:800], 16_000)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # As few as macOS allows, beside those that the tests have open.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 200, limits[1]))
+    try:
+        assert command(tmp_path) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [str(tmp_path / f"{row:03d}.wav") for row in range(400)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [(b"caf\xe9.wav", "caf\ufffd.wav"), ("a\nb\tc [x] ' é.wav".encode(), "a b c [x] ' é.wav")]
+)
+def test_odd_names_are_shown_in_one_line(
+    name: bytes, shown: str, command: Command, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "odd").mkdir()
+    path = os.path.join(os.fsencode(tmp_path / "odd"), name)  # noqa: PTH118 - no text
+    shutil.copy(clips / "u3_4.wav", path)
+    assert command(clips / "u3_4.wav") == 0
+    text = capsys.readouterr().out
+    shutil.copy(clips / "u3_4.wav", tmp_path / "odd" / "z.wav")
+    assert command(tmp_path / "odd") == 0
+    lines = capsys.readouterr().out.encode().decode().splitlines(keepends=True)
+    assert lines == [f"{tmp_path / 'odd' / shown}\t{text}", f"{tmp_path / 'odd' / 'z.wav'}\t{text}"]
+    assert command(tmp_path / "odd", "--format", "all", "--output_dir", tmp_path / "out") == 0
+    assert [len(list((tmp_path / "out").glob(f"*.{kind}"))) for kind in ("txt", "json", "ctm")] == [2, 2, 2]
+
+
 def test_every_format_in_a_folder(command: Command, clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (clips / "sub").mkdir()
     shutil.copy(clips / "u3_0.wav", clips / "sub" / "u3_0.wav")
@@ -235,9 +272,76 @@ def test_every_format_in_a_folder(command: Command, clips: Path, tmp_path: Path,
 def test_stdin(command: Command, clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     assert command(clips / "u3_4.wav") == 0
     expected = capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO((clips / "u3_4.wav").read_bytes())))
-    assert command("-") == 0
+    with (clips / "u3_4.wav").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert command("-") == 0
     assert capsys.readouterr().out == expected
+
+
+def test_ctrl_c_does_not_wait_for_the_end_of_stdin(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    reader, writer = os.pipe()
+
+    def interrupt(_: Future) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupt)
+    with os.fdopen(reader) as stdin, os.fdopen(writer, "wb"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert command("-") == 130, "and it has returned while the pipe was open"
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_has_gone_ends_the_work(
+    command: Command, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(transcribe, "GROUP_FILES", 3)
+    read = recognition.Recogniser.read
+    groups = []
+    monkeypatch.setattr(recognition.Recogniser, "read", lambda *given: groups.append(given[1]) or read(*given))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(os.open(os.devnull, os.O_WRONLY), "w") as stdout:
+        os.dup2(writer, stdout.fileno())
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert command(clips) == 1
+        assert len(groups) == 1
+        assert command(clips, "--output_dir", tmp_path / "out") == 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # What is left in the buffer goes nowhere.
+    assert "stdout is closed" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").iterdir())) == 12
+
+
+def test_a_full_disk_behind_stdout_is_one_line(
+    command: Command, clips: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with open(os.open("/dev/full", os.O_WRONLY), "w") as stdout:  # noqa: PTH123 - a descriptor to be turned elsewhere
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert command(clips / "u3_0.wav") == 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    assert capsys.readouterr().err.splitlines()[-1] == "failed: stdout cannot be written: No space left on device"
+
+
+def test_progress_counts_the_seconds_of_the_shortest_files(
+    command: Command, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = []
+
+    class Watched(transcribe.Progress):
+        def __init__(self, *given: object) -> None:
+            super().__init__(*given)
+            bars.append(self)
+
+    monkeypatch.setattr(transcribe, "Progress", Watched)
+    soundfile.write(tmp_path / "short.wav", ROWS[0][1][:4_000], 16_000)
+    assert command(tmp_path / "short.wav", clips / "u3_0.wav") == 0
+    (bar,) = bars
+    assert bar.done == pytest.approx(0.25 + len(ROWS[0][1]) / 16_000)
+    with (clips / "u3_4.wav").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert command("-") == 0
+    assert bars[1].total == round(bars[1].done) > 0, "known once it has been read"
 
 
 @pytest.mark.parametrize(

@@ -52,10 +52,14 @@ def join(windows: list[Window], outputs: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([*(joiner.add(*pair) for pair in zip(windows, outputs, strict=True)), joiner.rest()])
 
 
-def test_windows_that_hear_the_same_give_the_whole_bit_for_bit() -> None:
-    samples = 120 * 16_000
+@pytest.mark.parametrize(
+    ("seconds", "overlap"), [(120.0, 8.0), (30.1, 8.0), (45.1, 15.0)], ids=["many", "two", "begins_before_the_joint"]
+)
+def test_windows_that_hear_the_same_give_the_whole_bit_for_bit(seconds: float, overlap: float) -> None:
+    samples = round(seconds * 16_000)
     whole = log_softmax(np.random.default_rng(1).normal(0, 3, (LARGE.num_frames(samples), LABELS)))
-    windows = plan_windows(samples, LARGE, 30.0, 8.0)
+    whole[1000:1010, BLANK] += 30  # A silence at 20 s, where the third of three windows has begun.
+    windows = plan_windows(samples, LARGE, 30.0, overlap)
     outputs = [whole[one.first_frame : one.first_frame + _frames(one)] for one in windows]
     assert np.array_equal(join(windows, outputs), whole)
 
@@ -138,3 +142,26 @@ def test_the_joint_lies_in_the_middle_half_of_the_overlap() -> None:
     joiner.add(windows[0], outputs[0])
     settled = joiner.add(windows[1], outputs[1])
     assert 1100 + 0.25 * 399 - 1 <= len(settled) <= 1100 + 0.75 * 399 + 1
+
+
+@pytest.mark.parametrize(
+    ("is_heard_otherwise", "expected"),
+    [(False, 210), (True, 290)],
+    ids=["equal_silences_the_nearer_to_the_middle", "not_where_the_windows_disagree_around_it"],
+)
+def test_which_silence_is_the_joint(is_heard_otherwise: bool, expected: int) -> None:
+    """Of an overlap of 399 frames with silences at 120, 210 and 290."""
+    windows = [Window(0, 480_000, 0), Window(22 * 16_000, 52 * 16_000, 1100)]
+    whole = np.zeros((1100 + 1499, LABELS))
+    whole[np.arange(len(whole)), 1 + np.arange(len(whole)) % (LABELS - 1)] = 20
+    for frame in (1100 + 120, 1100 + 210, 1100 + 290):
+        whole[frame - 3 : frame + 3] = 0
+        whole[frame - 3 : frame + 3, BLANK] = 20
+    left, right = whole[:1499], whole[1100:].copy()
+    if is_heard_otherwise:
+        for frame in (120, 210):
+            right[frame - 10 : frame - 5, 1:] = np.roll(right[frame - 10 : frame - 5, 1:], 3, axis=1)
+    joiner = Joiner(BLANK, LARGE)
+    joiner.add(windows[0], log_softmax(left))
+    settled = joiner.add(windows[1], log_softmax(right))
+    assert abs(len(settled) - (1100 + expected)) <= 3
