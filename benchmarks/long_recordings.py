@@ -1,6 +1,6 @@
 """Long recordings: does reading them in windows change the text, and how much memory does half an hour take?
 
-    python benchmarks/long_recordings.py --model_name_or_path runs/demo/model --data_dir data/demo --train_updates 200
+    python benchmarks/long_recordings.py --model_name_or_path runs/demo/model --data_dir data/demo --train_updates 150
     python benchmarks/long_recordings.py --model_name_or_path runs/yoruba/model --data_dir data/yo
     python benchmarks/long_recordings.py --memory
 
