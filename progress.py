@@ -31,7 +31,8 @@ class Progress:
         seconds_left: Callable[[], float | None] | None = None,
     ) -> None:  # fmt: skip
         self.description, self.total, self.unit, self.enabled = description, total, unit, enabled
-        self.start, self.done, self.audio_seconds = start, float(start), 0.0
+        self.start, self.audio_seconds = start, 0.0
+        self.done: float = start
         self._started_at = self._last_line_at = time.monotonic()
         self._bar: RichProgress | None = None
         self._seconds_left = self._left_at_this_rate if seconds_left is None else seconds_left

@@ -642,7 +642,7 @@ def test_promise_2_beam_search_by_two_processes_is_that_of_one(
         assert (one.run_dir / name).read_bytes() == (two.run_dir / name).read_bytes()
     found = [json.loads((ranks.run_dir / "lm" / "comparison.json").read_text()) for ranks in (one, two)]
     assert found[0]["error_classes"]["words"] > 20
-    assert found[0] | {"other": ""} == found[1] | {"other": ""}
+    assert found[0] | {"other_model": ""} == found[1] | {"other_model": ""}
     results = [json.loads((ranks.run_dir / "lm" / "results.json").read_text()) for ranks in (one, two)]
     for own in results:
         del own["processes"], own["seconds_taken"], own["audio_seconds_per_second"], own["beam_processes"]
