@@ -447,6 +447,7 @@ def test_every_rank_refuses_and_the_first_says_why(
 # --- Out of memory on one rank -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_memory_that_runs_out_on_one_rank_changes_nothing(
     where: str, prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
@@ -486,6 +487,7 @@ def test_memory_that_never_suffices_on_one_rank_stops_all_ranks(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_on_one_rank_in_an_evaluation(
     prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
 ) -> None:
@@ -511,6 +513,7 @@ def test_memory_that_runs_out_on_one_rank_in_an_evaluation(
     assert stopped.stderr[0] == "failed: another process of the run is out of memory; its own message says where\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_loss_that_is_nan_on_one_rank_spoils_no_other_row_of_the_log(
     rank: int, prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
@@ -530,6 +533,7 @@ def test_a_loss_that_is_nan_on_one_rank_spoils_no_other_row_of_the_log(
     )
 
 
+@pytest.mark.slow
 def test_the_heaviest_batches_are_run_on_every_rank_and_the_worst_counts(
     prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
 ) -> None:
@@ -574,6 +578,7 @@ def test_a_model_that_does_not_open_stops_all_ranks(
     assert [len(record["trained"]) for record in stopped.records] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_stops_the_others_in_bounded_time(
     prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
 ) -> None:
@@ -591,6 +596,7 @@ def test_a_rank_that_hangs_stops_the_others_in_bounded_time(
 # --- evaluate.py ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_promise_2_evaluation_by_two_processes_is_that_of_one(
     prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
 ) -> None:
@@ -612,6 +618,7 @@ def test_promise_2_evaluation_by_two_processes_is_that_of_one(
         assert two.stdout[1] == ""
 
 
+@pytest.mark.slow
 def test_promise_2_beam_search_by_two_processes_is_that_of_one(
     prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -719,6 +726,7 @@ def end(process: subprocess.Popen, children: list[psutil.Process]) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_launcher_starts_two_processes_without_a_gpu(prepared: Path, tmp_path: Path) -> None:
     """Traps 8, 9 and 27: the multi-GPU command, two gloo ranks, status 0, one writer."""
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, dataloader_num_workers=1)

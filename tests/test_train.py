@@ -358,6 +358,7 @@ def test_a_subset_of_dev_while_training_and_all_of_it_at_the_end(
         assert sum(int(row["utterances"]) for row in voices) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subset", [None, 3])
 def test_the_share_of_evaluations_is_that_of_the_samples_that_pass(
     subset: int | None, prepared: Path, tmp_path: Path, command: Callable[..., int],
@@ -795,6 +796,7 @@ def leave_half_files(run_dir: Path) -> None:
     (run_dir / "model").rename(run_dir / "model.aside")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave", [leave_nothing, leave_half_files])
 def test_auto_begins_where_there_is_no_checkpoint(
     leave: Callable[[Path], None], prepared: Path, tmp_path: Path, command: Callable[..., int]
@@ -1031,6 +1033,7 @@ def test_position_of_the_state_is_restored(stopped_run: StoppedRun, command: Cal
     assert read_log(stopped_run.folder / "training_log.csv")["step"].tolist() == [0, 4, 10], "8 was finished"
 
 
+@pytest.mark.slow
 def test_a_resume_from_an_earlier_checkpoint_can_be_killed_too(
     prepared: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1075,6 +1078,7 @@ def test_a_resume_needs_no_second_disk(
     assert command("--config", recipe, *flags) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"seed": 7}], ids=["same", "anyway"])
 def test_model_of_a_step_behind_the_checkpoint(
     settings: dict[str, int], prepared: Path, tmp_path: Path, command: Callable[..., int],
