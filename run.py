@@ -381,17 +381,24 @@ class Run(Assembly):
     def seconds_left(self) -> float | None:
         """Until the end of the run, final scoring included; None before this process' first update."""
         step, total = self.state.step, self.total_steps
-        dev = float(self.eval_set.num_samples[self.eval_rows].sum(dtype=np.int64))
-        rest = float(self.test_set.num_samples.sum(dtype=np.int64)) if self.test_set is not None else 0.0
-        if self._scores_all_of_dev:
-            rest += float(self.eval_set.num_samples.sum(dtype=np.int64))
+        dev, rest, update = self._audio_seconds
         evaluations, saves = (
             math.ceil(total / every) - step // every for every in (self.config.eval_steps, self.config.save_steps)
         )
-        left = Work(total - step, (evaluations * dev + rest) / SAMPLE_RATE_HZ, saves)
-        samples_per_update = float(self.plan.num_samples.mean()) * self.state.utterances_per_update
-        cost = EVALUATION_COST * SAMPLE_RATE_HZ / samples_per_update
-        return seconds_left(self.work_done, left, self.clock.spent, cost)
+        left = Work(total - step, evaluations * dev + rest, saves)
+        return seconds_left(self.work_done, left, self.clock.spent, EVALUATION_COST / update)
+
+    @functools.cached_property
+    def _audio_seconds(self) -> tuple[float, float, float]:
+        """Of an evaluation, of what is scored once at the end, and of a mean update: summed once, asked each update."""
+        rest = [self.test_set] if self.test_set is not None else []
+        rest += [self.eval_set] if self._scores_all_of_dev else []
+        samples = (
+            float(self.eval_set.num_samples[self.eval_rows].sum(dtype=np.int64)),
+            float(sum(one.num_samples.sum(dtype=np.int64) for one in rest)),
+            float(self.plan.num_samples.mean()) * self.state.utterances_per_update,
+        )
+        return tuple(number / SAMPLE_RATE_HZ for number in samples)
 
     def cost(self) -> dict[str, float]:
         """Of the whole run, resumes included: speed, padding, and the seconds of each phase."""
