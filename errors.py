@@ -41,15 +41,15 @@ def exit_status(command: Callable[[], None]) -> int:
         command()
     except UsageError as error:
         if _is_first_of_machine():
-            print(f"error: {_in_one_line(error)}", file=sys.stderr)
+            print(f"error: {in_one_line(error)}", file=sys.stderr)
         return STATUS_REFUSED
     except RunFailed as error:
         rank = os.environ.get("RANK", "0")
-        print(f"{'' if rank == '0' else f'[rank {rank}] '}failed: {_in_one_line(error)}", file=sys.stderr)
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}failed: {in_one_line(error)}", file=sys.stderr)
         return STATUS_FAILED
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {_in_one_line(stopped)}", file=sys.stderr)
+            print(f"stopped: {in_one_line(stopped)}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
         _say_interrupted()
@@ -57,7 +57,7 @@ def exit_status(command: Callable[[], None]) -> int:
     return STATUS_DONE
 
 
-def _in_one_line(error: Exception) -> str:
+def in_one_line(error: object) -> str:
     """The message quotes names of files, columns and utterances, which may hold line ends."""
     return " ".join(str(error).splitlines())
 

@@ -8,7 +8,7 @@ Long recordings pass through the model in overlapping windows that are joined wh
 grow with their length. A file that cannot be read is named and left out, and the status is 1.
 """
 
-from errors import RunFailed, UsageError, exit_status
+from errors import RunFailed, UsageError, exit_status, in_one_line
 
 # isort: split
 
@@ -19,6 +19,7 @@ import allocator  # noqa: F401 - before torch
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -50,9 +51,8 @@ def main() -> None:
     formats = list(FORMATS) if config.format == "all" else [config.format]
     outputs = plan_outputs(names, config.audio, config.output_dir, formats)
     recogniser = Recogniser(config)
-    failed: list[str] = []
     with failing_by_name(OUT_OF_MEMORY_REMEDY):
-        transcribe(recogniser, names, outputs, formats, failed)
+        failed = transcribe(recogniser, names, outputs, formats)
     if failed:
         raise RunFailed(f"{len(failed)} of {len(names)} files without a whole transcript: {', '.join(failed)}")
 
@@ -77,11 +77,12 @@ def plan_outputs(
         raise UsageError(f"--output_dir: {existing} {why}: name a folder for the transcripts")
     folders = [Path(argument) for argument in arguments if Path(argument).is_dir()]
     places = [_place_of(name, folders) for name in names]
-    stems = [place.with_suffix("") for place in places]
-    bases = [place if stems.count(stem) > 1 else stem for place, stem in zip(places, stems, strict=True)]
-    twice = sorted(str(base) for base in set(bases) if bases.count(base) > 1)
+    times = Counter(place.with_suffix("") for place in places)
+    bases = [place if times[place.with_suffix("")] > 1 else place.with_suffix("") for place in places]
+    twice = sorted((str(base), count) for base, count in Counter(bases).items() if count > 1)
     if twice:
-        raise UsageError(f"{bases.count(Path(twice[0]))} of the files are called {twice[0]}: transcribe one by one")
+        name, count = twice[0]
+        raise UsageError(f"{count} of the files are called {name}: transcribe one by one")
     return {
         name: {kind: Path(output_dir) / f"{base}.{kind}" for kind in formats}
         for name, base in zip(names, bases, strict=True)
@@ -94,10 +95,10 @@ def _place_of(name: str, folders: Sequence[Path]) -> Path:
 
 
 def transcribe(
-    recogniser: Recogniser, names: Sequence[str], outputs: dict[str, dict[str, Path]], formats: Sequence[str],
-    failed: list[str],
-) -> None:  # fmt: skip
-    """Every file in its turn; the names of those without a whole transcript are added to `failed`."""
+    recogniser: Recogniser, names: Sequence[str], outputs: dict[str, dict[str, Path]], formats: Sequence[str]
+) -> list[str]:
+    """Every file in its turn. Returns the names of those without a whole transcript."""
+    failed = []
     seconds = {name: header_seconds(name) for name in names}
     is_alone = len(names) == 1
     with Progress("transcribing", round(sum(seconds.values())), "s of audio") as progress:
@@ -106,13 +107,13 @@ def transcribe(
             progress.expect(round(sum(seconds.values())))
             for name, found in recogniser.read(group, progress.advance):
                 if isinstance(found, ClipError):
-                    say(f"skipped {_in_one_line(name)}: {found.reason} ({found.detail})", sys.stderr)
+                    say(f"skipped {in_one_line(name)}: {found.reason} ({found.detail})", sys.stderr)
                     failed.append(name)
                     continue
                 transcript, shortfall = found
                 if shortfall:
                     say(
-                        f"{_in_one_line(name)} breaks off {shortfall:.1f} s before the end that its header names",
+                        f"{in_one_line(name)} breaks off {shortfall:.1f} s before the end that its header names",
                         sys.stderr,
                     )
                     failed.append(name)
@@ -120,6 +121,7 @@ def transcribe(
                     write_transcript(transcript, outputs[name])
                 else:
                     print_transcript(progress, on_stdout(transcript, formats[0], is_alone))
+    return failed
 
 
 def group_files(seconds: dict[str, float]) -> list[list[str]]:
@@ -190,13 +192,8 @@ def print_transcript(progress: Progress, text: str) -> None:
 
 def on_stdout(transcript: Transcript, kind: str, is_alone: bool) -> str:
     """A transcript as printed; text of several files has the name of its file before it."""
-    prefix = "" if is_alone or kind != "txt" else f"{_in_one_line(transcript.file)}\t"
+    prefix = "" if is_alone or kind != "txt" else in_one_line(transcript.file).replace("\t", " ") + "\t"
     return prefix + FORMATS[kind](transcript).removesuffix("\n")
-
-
-def _in_one_line(name: str) -> str:
-    """The name of a file, which may hold line ends and tabs."""
-    return " ".join(name.splitlines()).replace("\t", " ")
 
 
 if __name__ == "__main__":
