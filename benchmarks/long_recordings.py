@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 import soundfile
 import torch
-from architectures import LARGE_960H, write_published_like_checkpoint
+from architectures import BASE, LARGE_960H, write_published_like_checkpoint
 from transformers import pipeline
 from transformers.utils import logging
 
@@ -46,8 +46,6 @@ WINDOWS = ((30.0, 4.0), (30.0, 2.0), (20.0, 4.0), (15.0, 3.0), (10.0, 2.0))
 PAUSE_SECONDS = (0.1, 0.6)
 TRAINING_RECORDINGS, TRAINING_SECONDS = 400, (3.0, 12.0)
 SAMPLING_SECONDS = 0.02
-MINUTES = (1, 30)
-BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 
 
 def main() -> None:
@@ -61,9 +59,10 @@ def main() -> None:
     parser.add_argument("--characters_to_ignore", default=DEFAULT_CHARACTERS_TO_IGNORE)
     parser.add_argument("--train_updates", type=int, default=0)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--minutes", type=int, nargs="+", default=[1, 30], help="with --memory")
     arguments = parser.parse_args()
     if arguments.memory:
-        print_memory()
+        print_memory(arguments.minutes)
     else:
         print_agreement(arguments)
 
@@ -166,7 +165,7 @@ def print_row(tool: str, chunk: str, stride: str, texts: list[str], whole: list[
 # --- Memory --------------------------------------------------------------------------------------------------------
 
 
-def print_memory() -> None:
+def print_memory(lengths: Sequence[int]) -> None:
     """Peak of transcribe.py for each size of the model and each length of the recording."""
     print(f"{'model':>8}{'minutes':>9}{'weights, MB':>13}{'peak less weights, MB':>23}{'seconds':>9}")
     with tempfile.TemporaryDirectory() as name:
@@ -175,7 +174,7 @@ def print_memory() -> None:
             architecture = replace(LARGE_960H, config=LARGE_960H.config | fields)
             write_published_like_checkpoint(folder / size, architecture, "safetensors", "weight_g")
             weights = (folder / size / "model.safetensors").stat().st_size
-            for minutes in MINUTES:
+            for minutes in lengths:
                 write_noise(folder / "noise.wav", 60 * minutes)
                 peak, seconds = measure(folder / size, folder / "noise.wav")
                 print(

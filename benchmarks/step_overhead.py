@@ -25,7 +25,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 import numpy as np
 import torch
 import yaml
-from architectures import LARGE_960H
+from architectures import BASE, LARGE_960H
 from conftest import write_part
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
@@ -44,7 +44,6 @@ OFF = dict.fromkeys(
     ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop",
      "mask_time_prob", "mask_feature_prob"), 0.0,
 )  # fmt: skip
-BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 BATCH_SIZES = {"demo": 8, "base": 4}
 
 

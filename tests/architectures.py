@@ -119,6 +119,10 @@ XLS_R_300M = Architecture(
 )
 
 
+# Of wav2vec2-base, the others as for the large one.
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+
+
 def shrink(architecture: Architecture) -> Architecture:
     """The same kind of model with the same files, small enough for a fast test."""
     small = {
