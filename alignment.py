@@ -11,16 +11,13 @@ from dataclasses import dataclass, field
 
 from rapidfuzz.distance import Levenshtein
 
+from text import composed
+
 # One unit of the reference and what stands for it: None for a unit that is lost, or for one that is inserted.
 Pair = tuple[str | None, str | None]
 
 # They join letters or choose how one is drawn, and are no letters themselves.
 JOINERS = frozenset("\u200c\u200d")
-
-
-def composed(text: str) -> str:
-    """NFC: canonically equivalent texts are the same text."""
-    return unicodedata.normalize("NFC", text)
 
 
 def align_words(reference: str, hypothesis: str) -> list[Pair]:

@@ -255,6 +255,11 @@ def measure(samples_S: np.ndarray, decoded_S: np.ndarray | None = None) -> Measu
     )
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class ClipPool:
     """Processes that decode clips; results come back in order and few of them are under way at a time.
 

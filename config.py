@@ -17,6 +17,7 @@ import textwrap
 import types
 import typing
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -315,7 +316,7 @@ class EvaluateConfig:
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         needed = {"model_name_or_path": "a fine-tuned model", "data_dir": "the folder that prepare.py wrote"}
-        found = [f"--{name} is missing: name {meaning}" for name, meaning in needed.items() if not getattr(self, name)]
+        found = _missing(self, needed)
         for name in ("per_device_eval_batch_size", "ddp_timeout"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
@@ -369,7 +370,7 @@ class TranscribeConfig:
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         needed = {"model_name_or_path": "a fine-tuned model", "audio": "files, folders, or - for stdin"}
-        found = [f"--{name} is missing: name {meaning}" for name, meaning in needed.items() if not getattr(self, name)]
+        found = _missing(self, needed)
         if self.per_device_eval_batch_size < 1:
             found.append(f"--per_device_eval_batch_size is {self.per_device_eval_batch_size}, at least 1 is needed")
         for name in ("max_batch_seconds", "memory_limit_mb", "stride_length_s"):
@@ -439,14 +440,8 @@ class BuildLMConfig:
 
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
-        found = []
-        for name, meaning in {
-            "text": "the files",
-            "data_dir": "the folder that prepare.py wrote",
-            "out": "a folder for the language model",
-        }.items():
-            if not getattr(self, name):
-                found.append(f"--{name} is missing: name {meaning}")
+        needed = {"text": "the files", "data_dir": "the folder that prepare.py wrote"}
+        found = _missing(self, needed | {"out": "a folder for the language model"})
         if self.order is not None and not 2 <= self.order <= 6:
             found.append(f"--order is {self.order}, KenLM takes 2 to 6")
         return found
@@ -482,7 +477,7 @@ class TuneConfig:
             "data_dir": "the folder that prepare.py wrote",
             "lm": "the folder that build-lm wrote",
         }
-        found = [f"--{name} is missing: name {meaning}" for name, meaning in needed.items() if not getattr(self, name)]
+        found = _missing(self, needed)
         for name in ("max_eval_samples", "beam_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
@@ -491,6 +486,11 @@ class TuneConfig:
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
+
+
+def _missing(config: object, needed: Mapping[str, str]) -> list[str]:
+    """Settings without a value, by what they name."""
+    return [f"--{name} is missing: name {meaning}" for name, meaning in needed.items() if not getattr(config, name)]
 
 
 def _beam_errors(config: EvaluateConfig | TranscribeConfig) -> list[str]:

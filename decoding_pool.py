@@ -6,7 +6,6 @@ T: frames, V: outputs of the recogniser's head.
 """
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from audio import end_with_parent_process, fork_server, without_interrupts, without_main_module
+from audio import end_with_parent_process, fork_server, usable_cores, without_interrupts, without_main_module
 from decoding import BeamDecoder, BeamSettings, Decoded
 from errors import RunFailed
 from language_model import LanguageModel
@@ -33,8 +32,7 @@ def choose_num_workers(beam_workers: int, local_processes: int = 1) -> int:
     """Decoding processes of one rank: those asked for, or for -1 its share of the cores that this program may use."""
     if beam_workers != -1:
         return beam_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // local_processes, 1)
+    return max(usable_cores() // local_processes, 1)
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ class DecodingPool(Generic[Item]):
         self, vocabulary: Vocabulary, model: LanguageModel | None, settings: BeamSettings, num_workers: int
     ) -> None:
         self.settings = settings
-        self._bench, self._num_workers = _Bench(vocabulary, model), num_workers
-        BeamDecoder(vocabulary, model, settings)  # What is wrong with the model is said here, not by a process.
+        decoder = BeamDecoder(vocabulary, model, settings)  # What is wrong is said here, not by a process.
+        self._bench, self._num_workers = _Bench(vocabulary, model, None if num_workers else decoder), num_workers
         self._under_way: deque[tuple[Item, Future[tuple[Decoded, float]]]] = deque()
         self._stack = contextlib.ExitStack()
 

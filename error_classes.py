@@ -16,6 +16,8 @@ from functools import cache
 
 from rapidfuzz.distance import Levenshtein
 
+from text import composed
+
 # Words of so many letters are short.
 SHORT_WORD_LETTERS = 3
 # So many words run into one, or one falls apart into so many, are still seen as that.
@@ -78,7 +80,7 @@ class ErrorClasses:
 
 def classify(reference: str, hypothesis: str) -> tuple[list[str | None], Counter[int]]:
     """The class of each reference word, None where it is right, [N]; and words put in before reference word n."""
-    reference_words, hypothesis_words = (unicodedata.normalize("NFC", text).split() for text in (reference, hypothesis))
+    reference_words, hypothesis_words = (composed(text).split() for text in (reference, hypothesis))
     classes: list[str | None] = []
     inserted: Counter[int] = Counter()
     for own, heard in align(reference_words, hypothesis_words):

@@ -46,11 +46,8 @@ from pretrained import find_checkpoint_folder
 from processes import describe_processes, main_first, start_processes
 from progress import say
 from recovery import failing_by_name, release_memory
+from result_layout import COMPARISON_FILE, DROPS_FILE, RESULTS_FILE, UTTERANCES_FILE
 from results import (
-    COMPARISON_FILE,
-    DROPS_FILE,
-    RESULTS_FILE,
-    UTTERANCES_FILE,
     Utterances,
     describe_letters,
     print_results,

@@ -16,20 +16,14 @@ from errors import UsageError
 from intervals import Interval, rate_interval
 from progress import Progress
 from readback import read_table
+from result_layout import COUNT_COLUMNS, MAX_GROUPS, TEXT_COLUMNS
 
 WORST_SHOWN = RANDOM_SHOWN = 50
 # More are of little use in a page; those with the highest error rates are kept.
 MAX_LISTED = 5_000
-# A column with more values than these names utterances rather than kinds of them; as in slices.py.
-MAX_GROUPS = 20
-TEXT_COLUMNS = ("id", "reference", "hypothesis", "seconds")
-# Written by evaluate.py beside them; see metrics.COUNT_COLUMNS, whose module needs torch.
-COUNT_COLUMNS = tuple(
-    f"{unit}_{part}" for unit in ("word", "character") for part in ("insertions", "deletions", "substitutions", "hits")
-)
 DURATION_GROUPS = 8
-# A rate of fewer utterances says more about these than about their kind; as in slices.py.
-MIN_UTTERANCES = 30
+# Voices may be few enough to filter by.
+UNGROUPED = frozenset({*TEXT_COLUMNS, *COUNT_COLUMNS}) - {"speaker"}
 WORST, RANDOM, OTHER = "worst", "random", ""
 
 
@@ -151,7 +145,7 @@ def scan(path: Path) -> UtteranceTable:
             seconds.append(float(row["seconds"]))
             speakers.append(index.setdefault(row.get("speaker", ""), len(index) - 1))
             if facets is None:
-                facets = {name: set() for name in row if name not in TEXT_COLUMNS + COUNT_COLUMNS}
+                facets = {name: set() for name in row if name not in UNGROUPED}
             _collect(row, facets)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
         raise UsageError(f"{path} is not a table that evaluate.py wrote ({error!r}): run evaluate.py again") from error

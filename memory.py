@@ -270,14 +270,19 @@ def _mapped_file_bytes(device: torch.device) -> int:
     return 0 if device.type == "cuda" else _proc_status().get("RssFile", 0)
 
 
+def limit_allocator(device: torch.device, memory_limit_mb: float | None) -> None:
+    """From here on a GPU's allocator itself refuses more than --memory_limit_mb."""
+    if device.type == "cuda" and memory_limit_mb is not None:
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit_mb * MEGABYTE / total), device)
+
+
 def limit_bytes(device: torch.device, memory_limit_mb: float | None) -> float:
     """What this process may use: --memory_limit_mb, or what is free plus what it holds already."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+        free, _ = torch.cuda.mem_get_info(device)
         available = free + torch.cuda.memory_reserved(device)
-        if memory_limit_mb is not None:
-            # From here on the allocator itself refuses more.
-            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit_mb * MEGABYTE / total), device)
+        limit_allocator(device, memory_limit_mb)
         return min(available, memory_limit_mb * MEGABYTE if memory_limit_mb is not None else math.inf)
     available = _available_host_bytes()
     return available if memory_limit_mb is None else min(available, memory_limit_mb * MEGABYTE)
@@ -291,6 +296,7 @@ class MemoryLimit:
     """
 
     def __init__(self, device: torch.device, memory_limit_mb: float | None) -> None:
+        limit_allocator(device, memory_limit_mb)
         self.device, self.limit_mb = device, memory_limit_mb
         self.is_watched = memory_limit_mb is not None and device.type != "cuda"
         self.highest_bytes = 0

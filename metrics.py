@@ -5,7 +5,6 @@ B: utterances, S: samples, T: frames, V: vocabulary, L: labels.
 
 import hashlib
 import heapq
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field, fields
@@ -14,14 +13,10 @@ import numpy as np
 import torch
 from rapidfuzz.distance import Levenshtein
 
-from text import Vocabulary
+from text import Vocabulary, composed
 
 # Below this difference of the two highest logits another batch size may turn the argmax (promise 2).
 NEAR_TIE_LOGITS = 1e-4
-# What is kept of each utterance: `astuple` of its word errors, then of its character errors.
-COUNT_COLUMNS = tuple(
-    f"{unit}_{part}" for unit in ("word", "character") for part in ("insertions", "deletions", "substitutions", "hits")
-)
 # Distinct hypotheses are counted up to here: a collapsed model has a handful, and a score stays 8 kB whatever it saw.
 MAX_DISTINCT_HYPOTHESES = 1_000
 # Six bytes: a float64 holds the hash exactly, and a thousand texts collide once in half a billion evaluations.
@@ -95,17 +90,12 @@ class ErrorCounts:
 
 def count_word_errors(reference: str, hypothesis: str) -> ErrorCounts:
     """Word errors with the least edits, as jiwer counts them; words are divided by any white space."""
-    return _count_edits(_composed(reference).split(), _composed(hypothesis).split())
+    return _count_edits(composed(reference).split(), composed(hypothesis).split())
 
 
 def count_character_errors(reference: str, hypothesis: str) -> ErrorCounts:
     """Character (code point) errors, as jiwer counts them: spaces count, those at the ends do not."""
-    return _count_edits(_composed(reference).strip(), _composed(hypothesis).strip())
-
-
-def _composed(text: str) -> str:
-    # A head may write a letter and its mark one by one: canonically equivalent texts are the same text.
-    return unicodedata.normalize("NFC", text)
+    return _count_edits(composed(reference).strip(), composed(hypothesis).strip())
 
 
 def _count_edits(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCounts:
@@ -380,7 +370,7 @@ class LetterCounts:
 
     def add(self, reference: str, hypothesis: str) -> None:
         """Count one utterance, aligned with the least edits; spaces are no letters."""
-        reference, hypothesis = _composed(reference).strip(), _composed(hypothesis).strip()
+        reference, hypothesis = composed(reference).strip(), composed(hypothesis).strip()
         letters = Counter(reference)
         self.occurrences += letters
         self.hits += letters

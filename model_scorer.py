@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 
 from cache import FactCache
-from config import EvaluateConfig, TrainConfig
+from config import EvaluateConfig
 from data import Batch, Collator, CutSettings, ShardDataset
 from errors import UsageError
-from memory import MemoryLimit, limit_bytes
+from memory import MemoryLimit
 from model import forward_with_loss
-from pretrained import find_checkpoint_folder, load_model
+from pretrained import find_checkpoint_folder, load_recogniser
 from processes import RankStatus, main_first
 from recovery import Cuts
 from stopping import StopSignals
@@ -56,13 +56,10 @@ class ModelScorer:
         self._log_probs: dict[int, np.ndarray] | None = {} if keeps_log_probs else None
         self.dataset = ShardDataset(Path(config.data_dir) / config.split)
         name = config.model_name_or_path
-        settings = TrainConfig(model_name_or_path=name, vocabulary="model")
         with main_first(accelerator):
-            self.loaded = load_model(settings, lambda: [])
+            self.loaded = load_recogniser(name)
             rules = {"case": config.case, "characters_to_ignore": config.characters_to_ignore}
             self.rules = read_rules(find_checkpoint_folder(name), **rules)
-        if not self.loaded.head_fits:
-            raise UsageError(f"{name} has no head for its vocabulary, it cannot write yet: fine-tune it with train.py")
         self.model = self.loaded.model.to(accelerator.device)
         self.vocabulary = self.loaded.vocabulary
         self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, **self.rules)
@@ -84,7 +81,6 @@ class ModelScorer:
             config.max_batch_seconds,
         )
         self.eval_cuts = Cuts("evaluation", "cut the clip, or use more memory", self._report)
-        limit_bytes(accelerator.device, config.memory_limit_mb)  # makes a GPU's allocator keep it
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
         self.status = RankStatus(accelerator, config.ddp_timeout)
         self.stop = StopSignals(None, time.monotonic(), *ANSWER_TO_STOP)

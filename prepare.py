@@ -20,7 +20,6 @@ import importlib.metadata
 import io
 import itertools
 import json
-import os
 import sys
 from array import array
 from collections import Counter
@@ -34,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from atomic import DISK_FULL, disk_full, format_bytes, free_bytes, sync_open_file, write_atomically, write_table
-from audio import RESAMPLING, SAMPLE_RATE_HZ, Clip, ClipError, ClipPool, ClipRequest
+from audio import RESAMPLING, SAMPLE_RATE_HZ, Clip, ClipError, ClipPool, ClipRequest, usable_cores
 from config import PrepareConfig, parse_arguments
 from corpora import DROP_COLUMNS, DROP_REASONS, SPLITS, AudioLocator, Corpus, SourceRow, open_corpus
 from demo import make_demo_corpus
@@ -505,9 +504,7 @@ def _is_held_out(error: ClipError | None) -> bool:
 
 
 def _num_workers(num_workers: int) -> int:
-    if num_workers > 0:
-        return num_workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return num_workers if num_workers > 0 else usable_cores()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -107,6 +107,20 @@ def load_model(config: "TrainConfig", training_texts: Callable[[], Iterable[str]
         return _build_from_config(config, training_texts)
 
 
+def load_recogniser(name: str) -> LoadedModel:
+    """A fine-tuned model, to be scored or to write texts.
+
+    Raises:
+        UsageError: there is none, it is damaged, or its head has not been trained.
+    """
+    from config import TrainConfig
+
+    loaded = load_model(TrainConfig(model_name_or_path=name, vocabulary="model"), lambda: [])
+    if not loaded.head_fits:
+        raise UsageError(f"{name} has no head for its vocabulary, it cannot write yet: fine-tune it with train.py")
+    return loaded
+
+
 def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
     folder = find_checkpoint_folder(config.model_name_or_path)
     hf_config = _read_config(folder)

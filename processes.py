@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 from torch import nn
 
+from audio import usable_cores
 from errors import RunFailed, UsageError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -212,5 +213,4 @@ class SharedGradients:
 def _use_all_cores() -> None:
     """Undo the launcher's OMP_NUM_THREADS=1, which it sets for GPU runs and which halves the speed of two cores."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

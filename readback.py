@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from errors import UsageError
+from result_layout import COMPARISON_FILE, RESULTS_FILE, UTTERANCES_FILE
 from runlog import SAMPLE_COLUMNS, SLICE_COLUMNS, read_log
 from shapes import COMPARISON, CONFIG, ENVIRONMENT, PREFLIGHT, RESULTS, TRAIN_RESULTS, Shape, check_shape
 
@@ -19,7 +20,6 @@ Content = TypeVar("Content")
 Row = dict[str, Any]
 
 RUN_MARKS = ("training_log.csv", "config.yaml", "train_results.json")
-RESULTS_FILE, UTTERANCES_FILE, COMPARISON_FILE = "results.json", "utterances.csv", "comparison.json"
 
 
 @dataclass

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 
 from audio import SAMPLE_RATE_HZ, ClipError
-from config import TrainConfig, TranscribeConfig
+from config import TranscribeConfig
 from data import Batch, Collator, Utterance
 from decoding import BeamDecoder
-from errors import UsageError
-from memory import MemoryLimit, limit_bytes
-from pretrained import load_model
+from memory import MemoryLimit
+from pretrained import load_recogniser
 from reading import BeamReading, GreedyReading, Reading
 from recording import Recording
 from recovery import Cuts
@@ -47,15 +46,12 @@ class Recogniser:
 
     def __init__(self, config: TranscribeConfig) -> None:
         self.config = config
-        name = config.model_name_or_path
-        loaded = load_model(TrainConfig(model_name_or_path=name, vocabulary="model"), lambda: [])
-        if not loaded.head_fits:
-            raise UsageError(f"{name} has no head for its vocabulary, it cannot write yet: fine-tune it with train.py")
+        loaded = load_recogniser(config.model_name_or_path)
         self.vocabulary = loaded.vocabulary
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = loaded.model.to(self.device).eval()
         hf_config = self.model.hf.config
-        self.grid = FrameGrid.of(hf_config.conv_kernel, hf_config.conv_stride)
+        self.grid = FrameGrid.of(hf_config.conv_stride)
         self._collate = Collator(
             TextNormalizer.for_vocabulary(self.vocabulary, "", "keep"),
             self.vocabulary,
@@ -65,7 +61,6 @@ class Recogniser:
         )
         weights = {name: getattr(config, name) for name in ("lm_weight", "word_score", "beam_size")}
         self._decoder = None if config.lm is None else BeamDecoder.open(config.lm, self.vocabulary, **weights)
-        limit_bytes(self.device, config.memory_limit_mb)  # makes a GPU's allocator keep it
         self._memory_limit = MemoryLimit(self.device, config.memory_limit_mb)
         self._cuts = Cuts("transcription", "lower --chunk_length_s", lambda line: print(line, file=sys.stderr))
 

@@ -26,17 +26,13 @@ from audio import SAMPLE_RATE_HZ
 from corpora import DROP_COLUMNS
 from data import ShardDataset
 from errors import UsageError
-from metrics import COUNT_COLUMNS, LetterCounts
+from metrics import LetterCounts
 from processes import RankStatus
 from progress import print_table, say
+from result_layout import COUNT_COLUMNS, DROPS_FILE, RESULTS_FILE, TEXT_COLUMNS, UTTERANCES_FILE
 from scoring import Evaluation, describe_limits
 from slices import OWN_COLUMNS, corpus_name
 
-UTTERANCES_FILE = "utterances.csv"
-RESULTS_FILE = "results.json"
-DROPS_FILE = "drop_list.csv"
-COMPARISON_FILE = "comparison.json"
-TEXT_COLUMNS = ("id", "reference", "hypothesis", "seconds", "speaker")
 # A recall from fewer occurrences is a matter of chance.
 MIN_OCCURRENCES = 20
 LETTERS_SHOWN = 6

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from alignment import Confusions
 from charts import interval_bar, percent, with_limits
-from listing import MIN_UTTERANCES, UtteranceTable
+from listing import UtteranceTable
 from markup import Markup, element, join
 from page import RateRow, facts, rate_table, slice_rows, table, tiles
 from progress import format_seconds
 from readback import Row
+from result_layout import MIN_UTTERANCES
 
 CONFUSIONS_SHOWN = 20
 # A recall from fewer occurrences is a matter of chance; as on evaluate.py's screen.

@@ -18,10 +18,11 @@ from data import Batch, Collator, CutSettings, ShardDataset, evaluation_loader
 from errors import RunFailed
 from intervals import Interval
 from memory import MemoryLimit
-from metrics import COUNT_COLUMNS, Score, TextScore, score_batch, score_inputs
+from metrics import Score, TextScore, score_batch, score_inputs
 from processes import RankStatus
 from progress import Progress
 from recovery import Cuts
+from result_layout import COUNT_COLUMNS
 from slices import error_intervals
 from stopping import StopSignals
 from text import Vocabulary, required_frames

@@ -22,10 +22,11 @@ from decoding import BeamSettings, can_spell, choose_settings
 from decoding_pool import DecodingPool, Finished, choose_num_workers
 from error_classes import ErrorClasses
 from language_model import LanguageModel, open_language_model
-from metrics import COUNT_COLUMNS, LetterCounts, Score, TextScore, score_text
+from metrics import LetterCounts, Score, TextScore, score_text
 from model_scorer import ModelScorer
 from pretrained import find_checkpoint_folder, weights_checksum
 from progress import print_table
+from result_layout import COUNT_COLUMNS
 from results import TextSpool
 from scoring import Evaluation, sum_counts
 

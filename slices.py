@@ -17,14 +17,11 @@ from corpora import sentence_key
 from data import ShardDataset
 from errors import UsageError
 from intervals import CONFIDENCE, Interval, rate_interval
+from result_layout import MAX_GROUPS, MIN_UTTERANCES
 from shards import part_schema
 
 DURATION_EDGES_SECONDS = (2, 4, 7, 12)
 SNR_EDGES_DB = (10, 20, 30)
-# A rate of fewer utterances says more about these than about their kind.
-MIN_UTTERANCES = 30
-# A column with more values than these names utterances rather than kinds of them.
-MAX_GROUPS = 20
 UNKNOWN = "not given"
 OTHERS = "others"
 # Written into every shard whatever the corpus; all other columns are the corpus' own.

@@ -86,13 +86,13 @@ class TextNormalizer:
 
     def __call__(self, text: str) -> str:
         """Normalise one transcript."""
-        text = unicodedata.normalize("NFC", text)
+        text = composed(text)
         if self.case != "keep":
             text = text.upper() if self.case == "upper" else text.lower()
         if self._ignores_marks:
             text = self._replace(unicodedata.normalize("NFD", text))
         # Again, since a change of case or a removed joiner can leave a letter and its mark side by side.
-        text = unicodedata.normalize("NFC", self._replace(text))
+        text = composed(self._replace(text))
         return " ".join(text.split())
 
     def normalize_many(self, texts: Sequence[str]) -> list[str]:
@@ -124,6 +124,11 @@ class TextNormalizer:
     @cached_property
     def _ignores_marks(self) -> bool:
         return any(unicodedata.combining(character) for character in self.characters_to_ignore)
+
+
+def composed(text: str) -> str:
+    """NFC: a head may write a letter and its mark one by one, and canonically equivalent texts are the same text."""
+    return unicodedata.normalize("NFC", text)
 
 
 def resolve_case(case: str, vocabulary: Mapping[str, int]) -> Case:

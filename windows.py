@@ -24,27 +24,19 @@ DISAGREEMENT_WEIGHT, DISTANCE_WEIGHT = 2.0, 0.05
 
 @dataclass(frozen=True)
 class FrameGrid:
-    """Where the frames of a convolutional encoder lie: frame t sees `receptive_field` samples from `hop` * t on."""
+    """Where the frames of a convolutional encoder lie: frame t sees what begins at sample `hop` * t."""
 
     hop: int
-    receptive_field: int
 
     @classmethod
-    def of(cls, conv_kernel: Sequence[int], conv_stride: Sequence[int]) -> "FrameGrid":
+    def of(cls, conv_stride: Sequence[int]) -> "FrameGrid":
         """Of a stack of convolutions without padding."""
-        receptive_field = 1
-        for kernel, stride in zip(reversed(conv_kernel), reversed(conv_stride), strict=True):
-            receptive_field = (receptive_field - 1) * stride + kernel
-        return cls(math.prod(conv_stride), receptive_field)
+        return cls(math.prod(conv_stride))
 
     @property
     def seconds(self) -> float:
         """From one frame to the next."""
         return self.hop / SAMPLE_RATE_HZ
-
-    def num_frames(self, num_samples: int) -> int:
-        """Frames of a stretch of samples."""
-        return max((num_samples - self.receptive_field) // self.hop + 1, 0)
 
 
 @dataclass(frozen=True)

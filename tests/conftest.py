@@ -91,6 +91,31 @@ def write_recipe(path: Path, data_dir: Path, **settings: object) -> Path:
     return path
 
 
+def run_command(main: Callable[[], None], *arguments: object) -> int:
+    """A command of the program in this process, its name and flags as given; the status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, arguments)))
+        return exit_status(main)
+
+
+def train_two_updates(folder: Path, **settings: object) -> Path:
+    """A model that says something else about every clip, from folder / data: folder / run / model."""
+    base = {"max_steps": 2, "model_config": TINY_GROUP_NORM_MODEL | TALKATIVE, "do_predict": False}
+    recipe = write_recipe(folder / "recipe.yaml", folder / "data", **base | settings)
+    assert run_command(train.main, "train.py", "--config", recipe, "--output_dir", folder / "run") == 0
+    return folder / "run" / "model"
+
+
+class Seconds:
+    """A clock that moves only when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def alone(
     distributed_type: DistributedType = DistributedType.NO, backend: DynamoBackend = DynamoBackend.NO
 ) -> SimpleNamespace:

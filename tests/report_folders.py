@@ -15,7 +15,8 @@ from conftest import make_rows, write_part
 
 from audio import SAMPLE_RATE_HZ
 from data import ShardDataset
-from metrics import COUNT_COLUMNS, score_text
+from metrics import score_text
+from result_layout import COUNT_COLUMNS
 from runlog import SampleTable, SliceTable, TrainingLog
 
 WORDS = ["zero", "one", "two", "three", "four", "ọ́mọ", "ẹ̀kọ́"]

@@ -3,29 +3,20 @@
 import itertools
 
 import pytest
+from conftest import Seconds
 
 import clock
 from clock import PHASES, Clock, Work, describe_cost, seconds_left
 
 
-class Time:
-    """Seconds that pass only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 500.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    time = Time()
-    monkeypatch.setattr(clock.time, "perf_counter", time.perf_counter)
+def time(monkeypatch: pytest.MonkeyPatch) -> Seconds:
+    time = Seconds()
+    monkeypatch.setattr(clock.time, "perf_counter", time)
     return time
 
 
-def test_every_second_counts_once_and_for_the_innermost_phase(time: Time) -> None:
+def test_every_second_counts_once_and_for_the_innermost_phase(time: Seconds) -> None:
     found = Clock([0.0] * 5)
     time.now += 100  # before any phase: the start of the run
     with found.phase("compute"):
@@ -48,7 +39,7 @@ def test_every_second_counts_once_and_for_the_innermost_phase(time: Time) -> Non
     assert found.spent == {"data": 0, "compute": 4, "communication": 2, "evaluation": 15, "save": 7}
 
 
-def test_waiting_for_items_is_data_and_working_on_them_is_not(time: Time) -> None:
+def test_waiting_for_items_is_data_and_working_on_them_is_not(time: Seconds) -> None:
     def load() -> object:
         for item in range(3):
             time.now += 2
@@ -64,7 +55,7 @@ def test_waiting_for_items_is_data_and_working_on_them_is_not(time: Time) -> Non
 
 @pytest.mark.parametrize("eval_every", [100, 333, 900])
 @pytest.mark.parametrize("cost", [0.26, 0.40])
-def test_after_five_percent_of_a_run_its_end_is_known_to_a_tenth(eval_every: int, cost: float, time: Time) -> None:
+def test_after_five_percent_of_a_run_its_end_is_known_to_a_tenth(eval_every: int, cost: float, time: Seconds) -> None:
     """Before an evaluation was timed its cost is taken for a third of training; the field notes have 0.26 to 0.40."""
     updates, save_every, per_update, audio = 1_000, 500, 2.0, 40.0
     dev_seconds = 4_000.0

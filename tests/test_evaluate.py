@@ -13,10 +13,10 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
-from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, make_rows, write_part, write_recipe
+from conftest import TINY_GROUP_NORM_MODEL, make_rows, train_two_updates, write_part, write_recipe
 
 import evaluate
-import model_scorer
+import memory
 import scoring
 import train
 from errors import exit_status
@@ -33,14 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, count, seed in (("train", 12, 1), ("dev", 4, 2)):
         write_part(folder / "data" / split / "part_1", make_rows(count, seed))
     write_part(folder / "data" / "test" / "part_1", make_rows(40, 3, ("ann", "cem")), metadata=accents)
-    recipe = write_recipe(
-        folder / "recipe.yaml", folder / "data", max_steps=2, model_config=TINY_GROUP_NORM_MODEL | TALKATIVE,
-        characters_to_ignore="E", do_predict=False,
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "--output_dir", str(folder / "run")])
-        assert exit_status(train.main) == 0
-    return folder / "run" / "model"
+    return train_two_updates(folder, characters_to_ignore="E")
 
 
 @pytest.fixture
@@ -261,7 +254,7 @@ def test_a_damaged_clip_is_a_failed_run_in_one_line(
 def test_the_memory_limit_reaches_the_allocator(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU nothing else keeps it."""
     asked = []
-    monkeypatch.setattr(model_scorer, "limit_bytes", lambda device, limit: asked.append((device.type, limit)))
+    monkeypatch.setattr(memory, "limit_allocator", lambda device, limit: asked.append((device.type, limit)))
     assert command("found", "--memory_limit_mb", 50_000) == 0
     assert asked == [("cpu", 50_000)]
 

@@ -3,29 +3,20 @@
 import csv
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jiwer
 import pytest
-from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, make_rows, write_part, write_recipe
+from conftest import make_rows, run_command, train_two_updates, write_part
 
 import decoding
 import evaluate
-import train
 from error_classes import ErrorClasses
-from errors import exit_status
 from pretrained import weights_checksum
 
 Command = Callable[..., int]
 WORDS = ("--lm_weight", 1, "--word_score", 2)
-
-
-def run(main: Callable[[], None], *arguments: object) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", list(map(str, arguments)))
-        return exit_status(main)
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +26,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     for split, count, seed in (("train", 12, 1), ("dev", 4, 2), ("test", 30, 3)):
         write_part(folder / "data" / split / "part_1", make_rows(count, seed))
-    recipe = write_recipe(
-        folder / "recipe.yaml", folder / "data", max_steps=2, model_config=TINY_GROUP_NORM_MODEL | TALKATIVE,
-        do_predict=False,
-    )  # fmt: skip
-    assert run(train.main, "train.py", "--config", recipe, "--output_dir", folder / "run") == 0
+    train_two_updates(folder)
     (folder / "text.txt").write_text("\n".join(row[2] for row in make_rows(200, 7)))
     for unit in ("word", "character"):
-        assert run(
+        assert run_command(
             decoding.main, "decoding.py", "build-lm", "--text", folder / "text.txt", "--data_dir", folder / "data",
             "--out", folder / unit, "--unit", unit, "--model_name_or_path", folder / "run" / "model",
         ) == 0  # fmt: skip
@@ -56,7 +43,7 @@ def command(model: Path, tmp_path: Path) -> Command:
     def evaluated(name: str, unit: str, *flags: object) -> int:
         base = ["--model_name_or_path", model, "--data_dir", model.parents[1] / "data", "--output_dir", tmp_path / name]
         base += ["--lm", model.parents[1] / unit, "--dataloader_num_workers", 0, "--beam_workers", 0]
-        return run(evaluate.main, "evaluate.py", *base, *flags)
+        return run_command(evaluate.main, "evaluate.py", *base, *flags)
 
     return evaluated
 
@@ -110,7 +97,7 @@ def test_both_readings_side_by_side(
 def test_greedy_texts_are_those_without_a_language_model(command: Command, model: Path, tmp_path: Path) -> None:
     assert command("with", "character", *WORDS) == 0
     base = ["--model_name_or_path", model, "--data_dir", model.parents[1] / "data", "--output_dir", tmp_path / "alone"]
-    assert run(evaluate.main, "evaluate.py", *base, "--dataloader_num_workers", 0) == 0
+    assert run_command(evaluate.main, "evaluate.py", *base, "--dataloader_num_workers", 0) == 0
     assert (tmp_path / "with" / "utterances.csv").read_bytes() == (tmp_path / "alone" / "utterances.csv").read_bytes()
     assert command("with", "character", "--beam_size", 1, "--lm_weight", 0, "--word_score", 0) == 0
     pairs = zip(read_rows(tmp_path / "with" / "lm"), read_rows(tmp_path / "with"), strict=True)
@@ -172,7 +159,7 @@ def test_results_without_a_language_model_leave_none_behind(command: Command, mo
     assert command("found", "word") == 0
     assert (tmp_path / "found" / "lm").is_dir()
     base = ["--model_name_or_path", model, "--data_dir", model.parents[1] / "data", "--output_dir", tmp_path / "found"]
-    assert run(evaluate.main, "evaluate.py", *base, "--dataloader_num_workers", 0) == 0
+    assert run_command(evaluate.main, "evaluate.py", *base, "--dataloader_num_workers", 0) == 0
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"results.json", "utterances.csv"}
 
 

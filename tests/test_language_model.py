@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from arpa import read_arpa
-from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, make_rows, write_part, write_recipe
+from conftest import make_rows, train_two_updates, write_part
 
 import decoding
-import train
 import tuning
 from errors import UsageError, exit_status
 from language_model import open_language_model
@@ -220,14 +219,7 @@ def recogniser(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     for split, count, seed in (("train", 12, 1), ("dev", 10, 2), ("test", 10, 3)):
         write_part(folder / "data" / split / "part_1", make_rows(count, seed))
-    recipe = write_recipe(
-        folder / "recipe.yaml", folder / "data", max_steps=2, model_config=TINY_GROUP_NORM_MODEL | TALKATIVE,
-        do_predict=False,
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--config", str(recipe), "--output_dir", str(folder / "run")])
-        assert exit_status(train.main) == 0
-    return folder / "run" / "model"
+    return train_two_updates(folder)
 
 
 def test_tune_writes_what_it_found(

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from metrics import (
-    COUNT_COLUMNS,
     DistinctTexts,
     ErrorCounts,
     LetterCounts,
@@ -21,6 +20,7 @@ from metrics import (
     score_inputs,
     score_text,
 )
+from result_layout import COUNT_COLUMNS
 from text import LARGE_960H_VOCABULARY, Vocabulary, build_tokenizer, build_vocabulary
 
 YORUBA = ["ọjọ́ tí a máa ń ṣe àjọyọ̀", "ẹ̀kọ́ gbígbà", "ƙasa ɗan ɓangare ʼyan"]

@@ -5,26 +5,17 @@ import os
 import sys
 
 import pytest
+from conftest import Seconds
 from rich.table import Table
 
 import progress
 from progress import Progress, format_seconds
 
 
-class Clock:
-    """Seconds that pass only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(progress.time, "monotonic", clock.monotonic)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Seconds:
+    clock = Seconds()
+    monkeypatch.setattr(progress.time, "monotonic", clock)
     return clock
 
 
@@ -33,7 +24,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_pipe_gets_plain_lines_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_plain_lines_every_ten_seconds(clock: Seconds, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("preparing", total=400, unit="clips") as bar:
         for _ in range(25):
             clock.now += 1
@@ -45,21 +36,21 @@ def test_a_pipe_gets_plain_lines_every_ten_seconds(clock: Clock, capsys: pytest.
     )
 
 
-def test_note_stands_behind_the_rate(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_note_stands_behind_the_rate(clock: Seconds, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("training", total=8, unit="updates") as bar:
         clock.now += 20
         bar.advance(note="loss 1.250")
     assert capsys.readouterr().err == "training: 1/8 (12%), 0.1 updates/s, loss 1.250, ETA 0:02:20\n"
 
 
-def test_a_resumed_run_does_not_count_what_was_done_before(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_resumed_run_does_not_count_what_was_done_before(clock: Seconds, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("training", total=1_000, unit="updates", start=900) as bar:
         clock.now += 10
         bar.advance(20)
     assert capsys.readouterr().err == "training: 920/1000 (92%), 2.0 updates/s, ETA 0:00:40\n"
 
 
-def test_work_that_turns_out_longer_and_comes_in_fractions(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_that_turns_out_longer_and_comes_in_fractions(clock: Seconds, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("transcribing", total=0, unit="s of audio") as bar:
         bar.expect(16)
         for _ in range(20):
@@ -71,7 +62,7 @@ def test_work_that_turns_out_longer_and_comes_in_fractions(clock: Clock, capsys:
     )
 
 
-def test_short_work_and_no_work_print_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_work_and_no_work_print_nothing(clock: Seconds, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("evaluating", total=2, unit="batches") as bar:
         clock.now += 9
         bar.advance(2)
@@ -81,7 +72,7 @@ def test_short_work_and_no_work_print_nothing(clock: Clock, capsys: pytest.Captu
 
 
 def test_disabled_prints_nothing_at_all(
-    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    clock: Seconds, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
     for stderr in (sys.stderr, terminal):
@@ -94,7 +85,7 @@ def test_disabled_prints_nothing_at_all(
     assert capsys.readouterr() == ("", "")
 
 
-def test_lines_go_to_stdout_and_progress_to_stderr(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_go_to_stdout_and_progress_to_stderr(clock: Seconds, capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("training", total=8, unit="updates") as bar:
         bar.print("step 1/8, WER 100.00%")
     assert capsys.readouterr() == ("step 1/8, WER 100.00%\n", "")

@@ -19,8 +19,8 @@ from report_folders import HOSTILE, Seen, blocks, make_texts, write_data, write_
 import evaluate
 import report
 from errors import exit_status
-from listing import MAX_GROUPS, scan
-from metrics import COUNT_COLUMNS
+from listing import scan
+from result_layout import COUNT_COLUMNS, MAX_GROUPS
 from runlog import TrainingLog
 
 Command = Callable[..., int]

@@ -11,7 +11,8 @@ from conftest import make_rows, write_part
 from data import ShardDataset
 from errors import UsageError
 from metrics import ErrorCounts, score_text
-from slices import MIN_UTTERANCES, UNKNOWN, Breakdown, Grouping, Trained, draw_stratified, find_groupings, worst_slice
+from result_layout import MIN_UTTERANCES
+from slices import UNKNOWN, Breakdown, Grouping, Trained, draw_stratified, find_groupings, worst_slice
 
 SPEAKERS = ("ann", "ben", "cem", "")
 

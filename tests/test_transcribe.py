@@ -149,11 +149,12 @@ def test_windows_give_the_frames_of_the_whole_where_context_is_short(
     def texts(chunk: float, stride: float) -> str:
         settings = {"model_name_or_path": str(model), "chunk_length_s": chunk, "stride_length_s": stride}
         recogniser = recognition.Recogniser(recognition.TranscribeConfig(**settings))
+        receptive_field = recogniser.model.receptive_field
         # Attention and instance statistics are what hears further: here they hear nothing.
         kernel = torch.nn.functional.normalize(torch.randn(32, 320, generator=torch.Generator().manual_seed(0)))
 
         def local(input_values_BS: torch.Tensor, lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            frames_BT = (lengths_B - recogniser.grid.receptive_field) // recogniser.grid.hop + 1
+            frames_BT = (lengths_B - receptive_field) // recogniser.grid.hop + 1
             logits_BVT = torch.nn.functional.conv1d(input_values_BS[:, None], kernel[:, None], stride=320)
             return 9 * logits_BVT.transpose(1, 2), frames_BT
 
