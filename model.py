@@ -146,6 +146,26 @@ class _Batch:
     time_mask_BT: Tensor | None
     feature_mask_BH: Tensor | None
 
+    @functools.cached_property
+    def attended_BT(self) -> Tensor:
+        """The frames that others listen to; all of a row that has none, whose softmax would be NaN otherwise."""
+        return self.valid_BT | ~self.valid_BT[:, :1]
+
+
+def _additive_mask(attended_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+    mask_BT = torch.zeros_like(attended_BT, dtype=hidden_BTH.dtype)
+    return mask_BT.masked_fill(~attended_BT, torch.finfo(hidden_BTH.dtype).min)[:, None, None]
+
+
+def _boolean_mask(attended_BT: Tensor, _: Tensor) -> Tensor:
+    rows, frames = attended_BT.shape
+    return attended_BT[:, None, None].expand(rows, 1, frames, frames)
+
+
+# What a layer of transformers takes, by its kind of attention: as `create_bidirectional_mask` makes it, or, for WavLM,
+# the frames themselves.
+ATTENTION_MASKS = {"sdpa": _boolean_mask, "eager": _additive_mask, "keys": lambda attended_BT, _: attended_BT}
+
 
 class _Passing:
     """Holds the batch that is passing through the model; shared by CTCModel and the modules that it changed."""
@@ -187,12 +207,14 @@ class ValidGroupNorm(nn.GroupNorm):
         with torch.autocast(hidden_BCT.device.type, enabled=False):
             if batch is None or not batch.is_padded:
                 return self._normalise(hidden_BCT)
-            return torch.cat(
-                [
-                    self._normalise_row(row_1CT, num_frames(count, [self.kernel], [self.stride]))
-                    for row_1CT, count in zip(hidden_BCT.split(1), batch.num_samples, strict=True)
-                ]
-            )
+            lengths = [num_frames(count, [self.kernel], [self.stride]) for count in batch.num_samples]
+            if hidden_BCT.requires_grad or (torch.is_grad_enabled() and self.weight.requires_grad):
+                return torch.cat(list(map(self._normalise_row, hidden_BCT.split(1), lengths)))
+            normalised_BCT = torch.zeros_like(hidden_BCT)  # One copy less, and the convolutions are mostly frozen.
+            for normalised_CT, row_CT, length in zip(normalised_BCT, hidden_BCT, lengths, strict=True):
+                if length:
+                    normalised_CT[:, :length] = self._normalise(row_CT[None, :, :length])[0]
+            return normalised_BCT
 
     def _normalise_row(self, row_1CT: Tensor, length: int) -> Tensor:
         padding = row_1CT.shape[-1] - length
@@ -224,6 +246,7 @@ class CTCModel(nn.Module):
         encoder.feature_extractor._requires_grad = False
         self._install_valid_group_norm(encoder.feature_extractor.conv_layers)
         self._install_padding_guards(encoder)
+        self._install_attention_masks(encoder.encoder.layers)
         self.masks_time = bool(getattr(hf.config, "apply_spec_augment", True) and hf.config.mask_time_prob > 0)
         # What never gets a gradient is not trained; DistributedDataParallel would wait for it.
         if hasattr(encoder, "masked_spec_embed") and not self.masks_time:
@@ -243,6 +266,20 @@ class CTCModel(nn.Module):
             name = CONVOLUTIONS_BEHIND_PADDING.get(type(module).__name__)
             if name is not None and getattr(module, "batch_norm", True) is not None:
                 getattr(module, name).register_forward_pre_hook(self._silence_padding)
+
+    def _install_attention_masks(self, layers: nn.ModuleList) -> None:
+        """Layers get the mask of the batch that passes; transformers' way to it waits for the device three times."""
+        config = self.hf.config
+
+        def add_mask(_: nn.Module, inputs: tuple[Tensor], others: dict[str, Any]) -> tuple[Any, Any] | None:
+            batch = self._passing.batch
+            if batch is None or not batch.is_padded:
+                return None
+            kind = "keys" if config.model_type == "wavlm" else config._attn_implementation
+            return inputs, others | {"attention_mask": ATTENTION_MASKS[kind](batch.attended_BT, inputs[0])}
+
+        for layer in layers:
+            layer.register_forward_pre_hook(add_mask, with_kwargs=True)
 
     def _silence_padding(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         batch = self._passing.batch
@@ -300,17 +337,16 @@ class CTCModel(nn.Module):
         samples = input_values_BS.shape[1]
         frame_lengths_B = num_frames(torch.tensor(lengths), config.conv_kernel, config.conv_stride)
         frames = num_frames(samples, config.conv_kernel, config.conv_stride)
-        device = input_values_BS.device
         batch = _Batch(
             num_samples=lengths,
             is_padded=min(lengths) < samples,
-            valid_BT=_valid(frame_lengths_B, frames, device),
+            valid_BT=_valid(frame_lengths_B, frames, input_values_BS.device),
             time_mask_BT=time_mask_BT,
             feature_mask_BH=feature_mask_BH,
         )
-        attention_mask_BS = _valid(torch.tensor(lengths), samples, device).long()
         with self._passing.through(batch):
-            logits_BTV = self.hf(input_values_BS, attention_mask=attention_mask_BS).logits
+            # Without an attention mask: the layers and the padding guards know the lengths from the batch.
+            logits_BTV = self.hf(input_values_BS).logits
         return logits_BTV, frame_lengths_B
 
     @functools.cached_property
@@ -335,6 +371,8 @@ class CTCModel(nn.Module):
             hidden_BTH = torch.where(time_mask_BT[..., None], embedding_H, hidden_BTH)
         if self.training and batch is not None and batch.feature_mask_BH is not None:
             hidden_BTH = hidden_BTH.masked_fill(batch.feature_mask_BH[:, None], 0)
+        if batch is not None and batch.is_padded:
+            hidden_BTH = hidden_BTH.masked_fill(~batch.valid_BT[..., None], 0)
         return hidden_BTH
 
 

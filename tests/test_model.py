@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import GROUP, LAYER, TINY, pad, plain_transformers, tiny, waves
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
@@ -213,6 +214,55 @@ def test_bf16_gradients_are_those_of_fp32_where_a_nan_could_come_from(fields, at
     assert rounded.isfinite().all()
     # Up to 0.11 was seen, for WavLM with group norm; most are below 0.05.
     assert (rounded - precise).norm() < 0.3 * precise.norm()
+
+
+class Questions(TorchDispatchMode):
+    """Counts the operations whose result Python, or the shape of a tensor, waits for; a GPU is idle meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        indices = [one for entry in arguments if isinstance(entry, (list, tuple)) for one in entry]
+        by_mask = any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in indices)
+        name = operation.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select") or (name.startswith("index") and by_mask):
+            self.asked.append(name)
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fields", FAMILIES)
+def test_a_padded_pass_asks_the_device_nothing(fields, checkpointing):
+    ours = tiny(fields, gradient_checkpointing=checkpointing).model.train()
+    labels, counts = torch.tensor([5, 6, 7]), torch.tensor([2, 1])
+    theirs = plain_transformers(ours)
+    mask = pad([torch.ones(1600), torch.ones(800)]).long()
+    rows = pad(waves([1600, 800]))
+    with Questions() as of_ours:
+        logits, frames = ours(rows, [1600, 800])
+        ctc_loss_sum(logits, frames, labels, counts, 0).sum().backward()
+    with Questions() as of_transformers:
+        theirs(rows, attention_mask=mask).logits.sum().backward()
+    assert of_ours.asked == []
+    assert of_transformers.asked != []
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("fields", FAMILIES[1:10:2])  # Layer norm, and nothing else that reads the padding.
+def test_padding_masks_are_those_of_transformers(fields, attention):
+    ours = tiny(fields).model.eval()
+    if fields["model_type"] != "wavlm":
+        ours.hf.set_attn_implementation(attention)
+    theirs = plain_transformers(ours)
+    assert theirs.config._attn_implementation == ours.hf.config._attn_implementation
+    rows, mask = pad(waves([1600, 933])), pad([torch.ones(1600), torch.ones(933)]).long()
+    with torch.no_grad():
+        logits, frames = ours(rows, [1600, 933])
+        expected = theirs(rows, attention_mask=mask).logits
+    for index, count in enumerate(frames.tolist()):
+        torch.testing.assert_close(logits[index, :count], expected[index, :count], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
