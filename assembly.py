@@ -15,7 +15,7 @@ from metrics import score_batch
 from model import forward_with_loss, optimizer_groups
 from overlap import find_overlap
 from pretrained import load_model
-from processes import RankStatus, SharedGradients, check_same_on_all_ranks, main_first
+from processes import RankStatus, SharedGradients, check_same_on_all_ranks, choose_loading_processes, main_first
 from selection import draw_subset, select_training_rows
 from slices import Trained, draw_stratified
 from text import TextNormalizer
@@ -109,8 +109,8 @@ class Assembly:
 
     @property
     def num_workers(self) -> int:
-        """Loading processes of an evaluation."""
-        return self.config.dataloader_num_workers
+        """Loading processes of this rank, for training and evaluations alike."""
+        return choose_loading_processes(self.config.dataloader_num_workers, self.accelerator.device)
 
     @property
     def utterances_per_update(self) -> int:

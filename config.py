@@ -150,8 +150,9 @@ class TrainConfig:
     memory_limit_mb: float | None = None
     """Megabytes (10^6 bytes) that each process may use, of the GPU or, without one, of the host; all that is free
     when not given."""
-    dataloader_num_workers: int = 1
-    """Processes per rank that load and pad ahead of the loop; 0 loads in the training process (for pdb)."""
+    dataloader_num_workers: int = -1
+    """Processes per rank that load and pad ahead of the loop; -1 chooses (1 without a GPU, else up to 4, by the cores);
+    0 loads in the training process (for pdb)."""
 
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
@@ -225,9 +226,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
-        for name in ("warmup_steps", "dataloader_num_workers", "weight_decay", "min_duration_in_seconds"):
+        for name in ("warmup_steps", "weight_decay", "min_duration_in_seconds"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} is {getattr(self, name)}, it cannot be negative")
+        found += _worker_errors("dataloader_num_workers", self.dataloader_num_workers)
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "max_duration_in_seconds"):
             if not getattr(self, name) > 0:
                 found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
@@ -306,8 +308,8 @@ class EvaluateConfig:
     """Cut batches by padded seconds of audio instead of by count."""
     memory_limit_mb: float | None = None
     """Megabytes (10^6 bytes) that each process may use; all that is free when not given."""
-    dataloader_num_workers: int = 1
-    """Processes per rank that load and pad ahead; 0 loads in the process itself."""
+    dataloader_num_workers: int = -1
+    """Processes per rank that load and pad ahead; -1 chooses; 0 loads in the process itself."""
     ddp_timeout: int = 1800
     """Seconds after which the processes give up waiting for one that does not answer."""
     seed: int = 42
@@ -323,10 +325,8 @@ class EvaluateConfig:
         for name in ("max_eval_samples", "max_batch_seconds", "memory_limit_mb"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
-        if self.dataloader_num_workers < 0:
-            found.append(f"--dataloader_num_workers is {self.dataloader_num_workers}, it cannot be negative")
-        if self.beam_workers < -1:
-            found.append(f"--beam_workers is {self.beam_workers}, give at least 0, or -1 for a share of the cores")
+        for name in ("dataloader_num_workers", "beam_workers"):
+            found += _worker_errors(name, getattr(self, name))
         found += _beam_errors(self)
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
@@ -481,8 +481,7 @@ class TuneConfig:
         for name in ("max_eval_samples", "beam_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
-        if self.beam_workers < -1:
-            found.append(f"--beam_workers is {self.beam_workers}, give at least 0, or -1 for one per core")
+        found += _worker_errors("beam_workers", self.beam_workers)
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
@@ -491,6 +490,11 @@ class TuneConfig:
 def _missing(config: object, needed: Mapping[str, str]) -> list[str]:
     """Settings without a value, by what they name."""
     return [f"--{name} is missing: name {meaning}" for name, meaning in needed.items() if not getattr(config, name)]
+
+
+def _worker_errors(name: str, count: int) -> list[str]:
+    """What is wrong with a number of processes that may choose itself."""
+    return [] if count >= -1 else [f"--{name} is {count}, give at least 0, or -1 to have it chosen"]
 
 
 def _beam_errors(config: EvaluateConfig | TranscribeConfig) -> list[str]:

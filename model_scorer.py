@@ -19,7 +19,7 @@ from errors import UsageError
 from memory import MemoryLimit
 from model import forward_with_loss
 from pretrained import find_checkpoint_folder, load_recogniser
-from processes import RankStatus, main_first
+from processes import RankStatus, choose_loading_processes, main_first
 from recovery import Cuts
 from stopping import StopSignals
 from text import TextNormalizer, Vocabulary, read_rules
@@ -84,7 +84,7 @@ class ModelScorer:
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
         self.status = RankStatus(accelerator, config.ddp_timeout)
         self.stop = StopSignals(None, time.monotonic(), *ANSWER_TO_STOP)
-        self.num_workers = config.dataloader_num_workers
+        self.num_workers = choose_loading_processes(config.dataloader_num_workers, accelerator.device)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, in the launcher's precision."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich import box
@@ -184,11 +185,27 @@ def run_checks(assembly: "Assembly") -> Report:
         *assembly.selection.findings,
         *check_audio(assembly.sets),
         *assembly.overlap.findings,
+        *check_precision(assembly.accelerator.mixed_precision, assembly.accelerator.device),
     ]
     if has_rows:  # Else there is no batch to try and nothing to divide.
         findings += [*check_memory(assembly), check_ranks(assembly)]
     findings.append(_check_disk_of_run(assembly))
     return Report(tuple(findings), tuple(utterances), assembly.max_batch_seconds)
+
+
+def check_precision(mixed_precision: str, device: torch.device) -> list[Finding]:
+    """A warning where bf16 is emulated: right, and on a processor some fifty times slower than fp32."""
+    if mixed_precision != "bf16":
+        return []
+    if device.type == "cuda":
+        has_instructions, instead = torch.cuda.is_bf16_supported(including_emulation=False), "fp16"
+    else:
+        has_instructions, instead = torch.ops.mkldnn._is_mkldnn_bf16_supported(), "no"
+    if has_instructions:
+        return []
+    what = "GPU" if device.type == "cuda" else "processor"
+    result = f"bf16, for which this {what} has no instructions: slower than fp32"
+    return [Finding("precision", result, "warning", f"launch with --mixed_precision {instead}")]
 
 
 def check_memory(assembly: "Assembly") -> list[Finding]:

@@ -17,6 +17,8 @@ from errors import RunFailed, UsageError
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 # Gradients travel in pieces of this many numbers (100 MB in fp32), which bounds the memory of the transport.
 NUMBERS_PER_REDUCTION = 25_000_000
+# More loading processes than this only hold memory.
+MAX_LOADING_PROCESSES = 4
 
 
 def start_processes(report_to: list[str], output_dir: str, ddp_timeout: int = 1800) -> Accelerator:
@@ -208,6 +210,20 @@ class SharedGradients:
         loss = self._packed[-1].clone()
         self.parameters[0].grad.add_(0.0 * loss)
         return loss
+
+
+def choose_loading_processes(asked: int, device: torch.device) -> int:
+    """Loading processes of one rank: those asked for, or for -1 as many as help.
+
+    One pads some 100 hours of audio per minute of its core, so without a GPU, whose work the cores do, one it is; with
+    a GPU a rank's share of the cores but one, and at most MAX_LOADING_PROCESSES.
+    """
+    if asked != -1:
+        return asked
+    if device.type == "cpu":
+        return 1
+    share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(share - 1, 1), MAX_LOADING_PROCESSES)
 
 
 def _use_all_cores() -> None:

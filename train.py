@@ -77,7 +77,7 @@ def train(run: Run) -> None:
     state = run.state
     loader = training_loader(
         run.train_set, run.plan, run.num_labels, run.collate, run.cut, state.step, run.total_steps,
-        run.config.dataloader_num_workers,
+        run.num_workers,
     )  # fmt: skip
     bar = Progress("training", run.total_steps, "updates", run.is_main, start=state.step, seconds_left=run.seconds_left)
     with bar as progress, run.stopping():

@@ -85,7 +85,7 @@ def measure(size: str, updates: int) -> None:
         bare = Bare(run)
         loader = training_loader(
             run.train_set, run.plan, run.num_labels, run.collate, run.cut, 0, run.total_steps,
-            run.config.dataloader_num_workers,
+            run.num_workers,
         )  # fmt: skip
         ours, theirs, data = compare(run, bare, run.clock.waiting(loader), updates)
         run.accelerator.end_training()

@@ -152,10 +152,10 @@ OUT_OF_RANGE = [
     *(
         ([f"--{name}", "-1"], f"--{name} is {value}, it cannot be negative")
         for name, value in (
-            ("warmup_steps", "-1"), ("dataloader_num_workers", "-1"), ("weight_decay", "-1.0"),
-            ("min_duration_in_seconds", "-1.0"),
+            ("warmup_steps", "-1"), ("weight_decay", "-1.0"), ("min_duration_in_seconds", "-1.0"),
         )
     ),
+    (["--dataloader_num_workers", "-2"], "--dataloader_num_workers is -2, give at least 0, or -1 to have it chosen"),
     (["--learning_rate", "0"], "--learning_rate is 0.0, it must be above 0"),
     (["--max_grad_norm", "0"], "--max_grad_norm is 0.0, it must be above 0"),
     (["--num_train_epochs", "0"], "--num_train_epochs is 0.0, it must be above 0"),

@@ -23,7 +23,7 @@ import train
 from data import BatchPlan, CutSettings, cut_update
 from errors import UsageError, exit_status
 from findings import Finding, worst_verdict
-from preflight import Report, check_disk, check_ranks
+from preflight import Report, check_disk, check_precision, check_ranks
 from runlog import read_log
 
 
@@ -420,6 +420,25 @@ def test_seconds_of_each_rank_are_those_of_the_plan(num_processes: int, seconds:
     assert sum(finding.facts["seconds_per_rank"]) == pytest.approx(lengths.sum() / 16_000)
     assert f"{' / '.join(f'{seconds:.1f}' for seconds in expected / 16_000)} s of audio" in finding.result
     assert f"{plan.updates_per_epoch} updates" in finding.result
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "has_instructions", "remedy"),
+    [
+        ("cpu", "bf16", False, "launch with --mixed_precision no"),
+        ("cuda", "bf16", False, "launch with --mixed_precision fp16"),
+        ("cpu", "bf16", True, None),
+        ("cuda", "bf16", True, None),
+        ("cpu", "no", False, None),
+    ],
+)
+def test_emulated_bf16_is_a_warning(
+    device: str, precision: str, has_instructions: bool, remedy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_instructions)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_instructions)
+    found = [(one.verdict, one.remedy) for one in check_precision(precision, torch.device(device))]
+    assert found == ([("warning", remedy)] if remedy else [])
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

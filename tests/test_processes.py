@@ -17,7 +17,7 @@ from torch import nn
 import processes
 import stopping
 from errors import UsageError
-from processes import SharedGradients, start_processes
+from processes import MAX_LOADING_PROCESSES, SharedGradients, choose_loading_processes, start_processes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER_SETTINGS = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")
@@ -235,3 +235,24 @@ def test_half_precision_weights_are_our_own_mistake() -> None:
     model[1].half()
     with pytest.raises(AssertionError, match="fp32"):
         SharedGradients(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "cores", "ranks_here", "expected"),
+    [
+        (-1, "cpu", 64, 1, 1),
+        (-1, "cuda", 2, 1, 1),
+        (-1, "cuda", 1, 1, 1),
+        (-1, "cuda", 4, 1, 3),
+        (-1, "cuda", 64, 8, MAX_LOADING_PROCESSES),
+        (-1, "cuda", 8, 8, 1),
+        (0, "cuda", 64, 1, 0),
+        (9, "cpu", 2, 1, 9),
+    ],
+)
+def test_loading_processes_choose_themselves(
+    asked: int, device: str, cores: int, ranks_here: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_here))
+    assert choose_loading_processes(asked, torch.device(device)) == expected
