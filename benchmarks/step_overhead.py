@@ -76,7 +76,7 @@ def measure(size: str, updates: int) -> None:
     """Print the mean seconds of an update: ours, bare, and our share of waiting for data."""
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         folder = Path(name)
-        write_clips(folder / "data")
+        write_clips(folder / "data", CLIPS)
         config = TrainConfig(
             data_dir=str(folder / "data"), output_dir=str(folder / "run"), model_config=model_config(size),
             vocabulary="large_960h", per_device_train_batch_size=BATCH_SIZES[size], max_steps=updates + 2 * BLOCK,
@@ -151,16 +151,16 @@ def model_config(size: str) -> dict[str, object]:
     return fields | BASE | OFF
 
 
-def write_clips(folder: Path) -> None:
+def write_clips(folder: Path, train: int, dev: int = 4) -> None:
     """A training and a dev split of noise."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", CLIPS), ("dev", 4)):
+    for split, count in (("train", train), ("dev", dev)):
         rows = []
         for number in range(count):
             seconds = np.clip(MEAN_SECONDS * np.exp(rng.normal(0, DEVIATION)), *LIMITS_SECONDS)
             samples = rng.normal(0, 1_000, round(seconds * SAMPLE_RATE_HZ)).astype(np.int16)
             text = "".join(rng.choice(list("ABCDEFGH "), round(seconds * LABELS_PER_SECOND)))
-            rows.append((f"{split}{number}", samples, text, f"s{number % 7}"))
+            rows.append((f"{split}{number}", samples, " ".join(text.split()), f"s{number % 7}"))
         write_part(folder / split / "part_1", rows)
 
 
