@@ -36,7 +36,7 @@ from data import BatchPlan, ShardDataset
 from pretrained import load_model, save_model
 
 SYSTEMS = ("ours", "trainer as shipped", "trainer grouped")
-FIRST_COMPARED = 6
+COMPARED_UPDATES = 24
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
@@ -121,7 +121,7 @@ def main() -> None:
             flush=True,
         )
         print_table({system: measure(bench, system, arguments.repetitions) for system in SYSTEMS})
-        print(f"loss of {FIRST_COMPARED * 4} updates in the same order: largest relative difference "
+        print(f"loss of {COMPARED_UPDATES} updates in the same order: largest relative difference "
               f"{compare_losses(bench, arguments.size):.1e}", flush=True)  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def convert(folder: Path) -> None:
 def compare_losses(bench: Bench, size: str) -> float:
     """Largest relative difference of an update's loss, both in our order and without a decay or warm-up."""
     make_checkpoint(bench.folder / "checkpoint", model_config(size), feat_extract_norm="layer", conv_bias=True)
-    steps = FIRST_COMPARED * 4
+    steps = COMPARED_UPDATES
     dataset = ShardDataset(bench.folder / "clips" / "train")
     plan = BatchPlan(np.arange(len(dataset)), dataset.num_samples, bench.batch_size, seed=42)
     order = [int(row) for _, _, rows in plan.updates(0, steps) for row in plan.rows[rows]]
