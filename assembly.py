@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from cache import FactCache
 from config import TrainConfig
 from data import Batch, BatchPlan, Collator, CutSettings, ShardDataset, has_utterances
+from hosts import check_same
 from memory import Passes, evaluation_mode
 from metrics import score_batch
 from model import forward_with_loss, optimizer_groups
@@ -51,6 +52,8 @@ class Assembly:
             # Checked, and kept out of training, also where it is not scored: someone will score it one day.
             self.sets["test"] = ShardDataset(data_dir / "test")
         self.test_set = self.sets.get("test") if self.config.do_predict else None
+        fingerprints = {f"the {name} data": dataset.fingerprint for name, dataset in self.sets.items()}
+        check_same(self.status, fingerprints, "give every host the same data, or --data_dir on shared storage")
 
     def _load_model(self) -> None:
         config, device = self.config, self.accelerator.device

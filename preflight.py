@@ -39,6 +39,7 @@ from config import PreflightConfig, parse_arguments
 from coverage import check_coverage, check_round_trip
 from data import CutSettings, cut_update
 from findings import Finding, worst_verdict
+from hosts import check_hosts_agree
 from memory import (
     Probe,
     Shape,
@@ -53,7 +54,7 @@ from memory import (
     used_bytes,
 )
 from model import parameter_counts
-from processes import start_processes
+from processes import RankStatus, naming_lost_processes, start_processes
 from progress import print_table
 from recovery import release_memory
 from selection import COUNT_CHECK, write_drop_list, write_suspects
@@ -110,9 +111,11 @@ def main() -> None:
     folder = choose_report_folder(config)
     accelerator = start_processes(config.report_to, str(folder), config.ddp_timeout)
     try:
-        assembly = Assembly(config, accelerator)
-        assembly.plan_updates(assembly.utterances_per_update)
-        report = run_checks(assembly)
+        with naming_lost_processes():
+            check_hosts_agree(RankStatus(accelerator, config.ddp_timeout), config)
+            assembly = Assembly(config, accelerator)
+            assembly.plan_updates(assembly.utterances_per_update)
+            report = run_checks(assembly)
         if assembly.is_main:
             print_report(report)
             _write_and_say(folder, report, assembly)

@@ -34,6 +34,7 @@ from clock import PHASE_COLUMNS, PHASES, Clock, Work, seconds_left
 from config import TrainConfig, write_config
 from data import ShardDataset
 from errors import RunFailed, Stopped, UsageError
+from hosts import check_same
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
@@ -63,6 +64,8 @@ LARGE_EVALUATION = 0.25
 MIN_EVALUATION = 50
 # Of the clips of eval_samples.csv, the shortest, for the check of a saved model.
 PROBE_CLIPS = 3
+# Of `choose_beginning`; no checkpoint has this name.
+FINISHED = "finished"
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
@@ -122,7 +125,9 @@ class Run(Assembly):
         self._started_at = time.monotonic()
         super().__init__(config, accelerator)
         self.folder = Path(config.output_dir)
-        self.state = RunState(self.utterances_per_update, self._identity())
+        identity = self._identity()
+        check_same(self.status, identity, "give every host the same data, model and list of what to leave out")
+        self.state = RunState(self.utterances_per_update, identity)
         if config.resume_from_checkpoint is not None:
             self._read_checkpoint()
         self.plan_updates(self.state.utterances_per_update)
@@ -231,15 +236,12 @@ class Run(Assembly):
             print(f"resuming anyway, although different in {', '.join(was)}", flush=True)
 
     def _find_checkpoint(self) -> Path:
-        """The first rank mends an interrupted swap and says what it skips, before the others look."""
-        if not self.is_main:
-            self.accelerator.wait_for_everyone()
-        try:
-            report = print if self.is_main else lambda _: None
-            return checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint, report)
-        finally:
-            if self.is_main:
-                self.accelerator.wait_for_everyone()
+        """The first rank mends an interrupted swap, checks every byte and says what it skips; the others take it."""
+
+        def find() -> str:
+            return checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint).name
+
+        return self.folder / "checkpoints" / self.status.decide_first(self.is_main, find)
 
     def _resume(self) -> None:
         """Weights, optimizer and scaler of the checkpoint; the log is cut back to its length."""
@@ -716,26 +718,26 @@ def _describe_config(hf_config: object) -> dict[str, object]:
     }
 
 
-def choose_beginning(config: TrainConfig) -> TrainConfig | None:
-    """The settings with `auto` decided: `last` where there is a checkpoint, else a fresh start.
+def choose_beginning(config: TrainConfig) -> str | None:
+    """What to resume from, with `auto` decided: `last` where there is a checkpoint, else None, a fresh start.
 
     A new run needs a folder of its own, and `auto` may also begin again where a run was killed before its first
-    checkpoint. None when `auto` finds the run finished.
+    checkpoint. FINISHED when `auto` finds the run finished.
 
     Raises:
         UsageError: --output_dir holds a run (with the command that resumes it) or anything else.
     """
     folder, which = Path(config.output_dir), config.resume_from_checkpoint
     if which not in (None, "auto"):
-        return config
+        return which
     if which == "auto":
         if (folder / "train_results.json").is_file():
-            return None
+            return FINISHED
         if checkpoint.has_checkpoints(folder):
-            return replace(config, resume_from_checkpoint="last")
+            return "last"
     if folder.exists():
         _refuse_occupied(folder, is_auto=which == "auto")
-    return replace(config, resume_from_checkpoint=None)
+    return None
 
 
 def _refuse_occupied(folder: Path, is_auto: bool) -> None:

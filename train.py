@@ -30,10 +30,11 @@ from audio import SAMPLE_RATE_HZ
 from clock import describe_cost
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
-from processes import start_processes
+from hosts import check_hosts_agree, check_shared_folder
+from processes import RankStatus, naming_lost_processes, start_processes
 from progress import Progress, format_seconds
 from recovery import failing_by_name
-from run import Run, choose_beginning
+from run import FINISHED, Run, choose_beginning
 from runlog import report_line
 from schedule import learning_rate_at
 from scoring import OTHER_IS_OUT_OF_MEMORY, Evaluation, describe_limits, evaluate, rates, score_in_cuts
@@ -55,21 +56,36 @@ def main() -> None:
     config = parse_arguments(TrainConfig, arguments, __doc__)
     accelerator = start_processes(config.report_to, config.output_dir, config.ddp_timeout)
     try:
-        chosen = choose_beginning(config)
-        if chosen is None:
-            if accelerator.is_main_process:
-                print(f"finished already: {config.output_dir} holds train_results.json and model/")
-            return
-        config = chosen
-        if config.demo_corpus:
-            prepare_demo(config, accelerator)
-        run = Run(config, accelerator)
+        with naming_lost_processes():
+            chosen = begin(config, accelerator)
+            if chosen is None:
+                return
+            run = Run(chosen, accelerator)
         with failing_by_name(OUT_OF_MEMORY_REMEDY), run.stop:
             train(run)
             finish(run)
     finally:
         end_loaders()
         accelerator.end_training()
+
+
+def begin(config: TrainConfig, accelerator: Accelerator) -> TrainConfig | None:
+    """The settings with what is resumed decided, and the demo's data made; None for a run that is finished already.
+
+    Raises:
+        UsageError: hosts that were started differently or do not share --output_dir; an occupied folder.
+    """
+    status, is_first = RankStatus(accelerator, config.ddp_timeout), accelerator.is_main_process
+    check_hosts_agree(status, config)
+    check_shared_folder(status, is_first, Path(config.output_dir))
+    which = status.decide_first(is_first, lambda: choose_beginning(config))
+    if which == FINISHED:
+        if is_first:
+            print(f"finished already: {config.output_dir} holds train_results.json and model/")
+        return None
+    if config.demo_corpus:
+        prepare_demo(config, accelerator)
+    return dataclasses.replace(config, resume_from_checkpoint=which)
 
 
 def train(run: Run) -> None:
