@@ -109,7 +109,7 @@ def main() -> None:
 
     config = parse_arguments(PreflightConfig, sys.argv[1:], __doc__)
     folder = choose_report_folder(config)
-    accelerator = start_processes(config.report_to, str(folder), config.ddp_timeout)
+    accelerator = start_processes(config.report_to, str(folder), config.ddp_timeout, may_shard=True)
     try:
         with naming_lost_processes():
             check_hosts_agree(RankStatus(accelerator, config.ddp_timeout), config)

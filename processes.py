@@ -15,20 +15,25 @@ from torch import nn
 from audio import usable_cores
 from errors import RunFailed, UsageError
 from hosts import talk_over_reachable_interface
+from sharding import asks_for_sharding, check_sharding_settings
 
 Value = TypeVar("Value")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+SHARDED = (DistributedType.FSDP, DistributedType.MULTI_CPU)
 # Gradients travel in pieces of this many numbers (100 MB in fp32), which bounds the memory of the transport.
 NUMBERS_PER_REDUCTION = 25_000_000
 
 
-def start_processes(report_to: list[str], output_dir: str, ddp_timeout: int = 1800) -> Accelerator:
+def start_processes(
+    report_to: list[str], output_dir: str, ddp_timeout: int = 1800, may_shard: bool = False
+) -> Accelerator:
     """The Accelerator of this run, with the launcher's settings checked.
 
     Args:
         report_to: trackers.
         output_dir: where they write.
         ddp_timeout: seconds to wait for a process that does not answer.
+        may_shard: the command can divide its model among the processes (FSDP).
 
     Raises:
         UsageError: for settings that would be ignored, run slowly in silence, or let processes overwrite each other.
@@ -53,6 +58,10 @@ def start_processes(report_to: list[str], output_dir: str, ddp_timeout: int = 18
         raise UsageError(
             "mixed precision fp16 needs a GPU and none is visible: launch with --mixed_precision bf16 or no"
         )
+    if asks_for_sharding():
+        if not may_shard:
+            raise UsageError("the launcher asks for FSDP, which only training needs: launch this with --multi_gpu")
+        check_sharding_settings(precision)
     if not has_gpu:
         _use_all_cores()
     # Without a GPU several processes talk over gloo instead of each believing that it is alone.
@@ -62,10 +71,11 @@ def start_processes(report_to: list[str], output_dir: str, ddp_timeout: int = 18
         accelerator = Accelerator(
             cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir, kwargs_handlers=[timeout]
         )
-    if accelerator.distributed_type not in SUPPORTED:
+    if accelerator.distributed_type not in (SHARDED if asks_for_sharding() else SUPPORTED):
         raise UsageError(
             f"the launcher asks for {accelerator.distributed_type.value}, which this loop does not do: choose "
-            "multi-GPU without FSDP, DeepSpeed or Megatron in accelerate config, or launch with --multi_gpu"
+            "multi-GPU without DeepSpeed or Megatron in accelerate config, or launch with --multi_gpu; FSDP needs "
+            "several processes"
         )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise UsageError("the launcher asks for torch.compile, which this loop does not use: --dynamo_backend no")
@@ -104,7 +114,7 @@ def describe_processes(accelerator: Accelerator) -> dict[str, object]:
         "mixed_precision": str(accelerator.mixed_precision),
         "num_processes": accelerator.num_processes,
         "device": str(accelerator.device),
-        "distributed_type": str(accelerator.distributed_type.value),
+        "distributed_type": "FSDP" if asks_for_sharding() else str(accelerator.distributed_type.value),
     }
 
 
@@ -289,6 +299,10 @@ class SharedGradients:
         loss = self._packed[-1].clone()
         self.parameters[0].grad.add_(0.0 * loss)
         return loss
+
+    def clip(self, accelerator: Accelerator, max_norm: float) -> torch.Tensor:
+        """Scale the gradients down to this norm; the norm that they had."""
+        return accelerator.clip_grad_norm_(self.parameters, max_norm)
 
 
 def _first_line(error: BaseException) -> str:

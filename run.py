@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -46,6 +47,7 @@ from recovery import Cuts
 from schedule import learning_rate_at
 from scoring import Evaluation, describe_limits, rates
 from selection import draw_subset
+from sharding import gather_tensors, load_weights, whole
 from slices import Breakdown, describe_slice
 from stopping import StopSignals
 from text import RULES_FILE
@@ -253,9 +255,8 @@ class Run(Assembly):
                 "or train into another --output_dir"
             )
         tensors, saved = checkpoint.load_checkpoint(self.checkpoint)
-        self.model.hf.load_state_dict(
-            {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-        )
+        weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        load_weights(self.model.hf, weights)
         checkpoint.restore_optimizer(self.model, self.optimizer.optimizer, tensors, saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -472,7 +473,9 @@ class Run(Assembly):
             self.state.best_eval_limits = [values[name] for name in LIMITS if name in values]
             self.state.best_eval_cer = score.cer
             with self.clock.phase("save"):
-                self.status.by_first(self.is_main, self._save_best)
+                weights = self._gather_weights()
+                with whole(self.model):
+                    self.status.by_first(self.is_main, lambda: self._save_best(weights))
             if self._opened_step is None:  # on every rank: they must agree on what is still to be done
                 self._opened_step = self.state.best_step
 
@@ -502,13 +505,14 @@ class Run(Assembly):
         state.pending_seconds = self.clock.read()
         state.elapsed_seconds = self._elapsed_seconds()
         self._started_at = time.monotonic()
+        moments, optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer.optimizer)
+        weights, moments = self._gather_weights(), gather_tensors(moments, self.is_main)
         if self.is_main:
             state.log_bytes, state.sample_bytes = self.log.length_bytes, self.samples.length_bytes
             state.slice_bytes = self.slices.length_bytes
             path = self._bad_batches_path
             state.bad_batch_bytes = path.stat().st_size if path.exists() else 0
-            tensors = {f"model/{name}": value for name, value in self.model.hf.state_dict().items()}
-            moments, optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer.optimizer)
+            tensors = {f"model/{name}": value for name, value in weights.items()}
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             facts = {"run": asdict(state), "optimizer": optimizer, "scaler": scaler}
             checkpoint.save_checkpoint(self.folder, state.step, tensors | moments, facts)
@@ -544,7 +548,7 @@ class Run(Assembly):
         self.accelerator.wait_for_everyone()
         path = self.folder / "model" / "model.safetensors"
         try:
-            self.model.hf.load_state_dict(load_file(path))
+            load_weights(self.model.hf, load_file(path))
         except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"{path} cannot be read as weights ({error}): put the file of step {self.state.best_step} back, or "
@@ -558,7 +562,8 @@ class Run(Assembly):
             RunFailed: it is not what was saved.
         """
         if self._opened_step != self.state.best_step:
-            self.status.by_first(self.is_main, self._open_best)
+            with whole(self.model):
+                self.status.by_first(self.is_main, self._open_best)
 
     def write_results(self, results: dict[str, object]) -> None:
         """`train_results.json`, the mark of a finished run."""
@@ -653,14 +658,18 @@ class Run(Assembly):
         values["state"], lines = diagnosis.remark([*history, {"step": self.state.step, **values}], facts)
         return lines
 
-    def _save_best(self) -> None:
+    def _gather_weights(self) -> dict[str, torch.Tensor]:
+        """Of the model by Hugging Face's names; on the first rank only, and asked for by all."""
+        return gather_tensors(self.model.hf.state_dict(), self.is_main)
+
+    def _save_best(self, weights: dict[str, torch.Tensor]) -> None:
         """`model/`, unless what was written is not what was trained: that stays in model.rejected."""
         temporary, is_first = self.folder / "model.new", self._opened_step is None
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        num_bytes = sum(value.nbytes for value in self.model.hf.state_dict().values())
+        num_bytes = sum(value.nbytes for value in weights.values())
         with reporting_disk_errors(self.folder / "model", num_bytes):
             try:
-                save_model(self.loaded, temporary)
+                save_model(self.loaded, temporary, weights)
                 rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
                 text = json.dumps(rules, ensure_ascii=False, indent=1)
                 (temporary / RULES_FILE).write_text(text, encoding="utf-8")
@@ -673,7 +682,7 @@ class Run(Assembly):
                 shutil.rmtree(temporary, ignore_errors=True)  # The next checkpoint may need the room.
                 raise
         try:
-            roundtrip.check_written(temporary, self.loaded)
+            roundtrip.check_written(temporary, weights)
             if is_first:
                 self._check_opening(temporary)
         except RunFailed as error:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from conftest import (
     write_recipe,
 )
 from test_prepare import write_corpus
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import decoding
@@ -89,6 +90,7 @@ def _fork_rank(rank: int, request: dict) -> int:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["num_processes"]),
         "LOCAL_WORLD_SIZE": str(request["num_processes"]), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(request["port"]), "ACCELERATE_MIXED_PRECISION": "no",
+        **request["launcher"],
     }  # fmt: skip
     sys.argv = [f"{request['program']}.py", *request["arguments"]]
     failure = request["failure"] if request["failure"] and request["failure"]["rank"] == rank else None
@@ -177,6 +179,10 @@ def _run_out_of_memory(_: torch.Tensor) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
 
 
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Exchanges(TorchDispatchMode):
     """Notes every collective operation, and the passes between them, in their order."""
 
@@ -213,7 +219,11 @@ def _run_rank(record_path: Path, stop_at: int | None, failure: dict | None, coun
             result = train_step(run, update)
         if counts_exchanges:
             record["exchanges"].append(counter.names)
-        record["gradients"].append(run.gradients.buffer.clone())
+        if run.is_sharded:
+            record["is_sharded"] = [all(isinstance(value, DTensor) for value in run.model.parameters())]
+        else:
+            record["gradients"].append(run.gradients.buffer.clone())
+        record["pieces"] = sum(_local(parameter).numel() for parameter in run.model.parameters())
         record["trained"].append([name for batch in update.micro_batches for name in batch.ids])
         return result
 
@@ -292,12 +302,14 @@ def run_ranks(server: subprocess.Popen, tmp_path: Path) -> Callable[..., Ranks]:
     def run(
         num_processes: int, name: str, *arguments: object, stop_at: int | None = None, failure: dict | None = None,
         status: int = 0, program: str = "train", counts_exchanges: bool = False,
+        launcher: Mapping[str, str] | None = None,
     ) -> Ranks:  # fmt: skip
         folder = tmp_path / f"ranks_{next(numbers)}"
         folder.mkdir()
         request = {
             "program": program, "num_processes": num_processes, "folder": str(folder), "port": free_port(),
             "stop_at": stop_at, "failure": failure, "counts_exchanges": counts_exchanges,
+            "launcher": launcher or {},
             "arguments": [*map(str, arguments), f"--{OUTPUT_FLAGS[program]}", str(tmp_path / name)],
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")

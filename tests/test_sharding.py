@@ -1,0 +1,85 @@
+"""FSDP over two gloo processes: the updates, the evaluations and the files of the run that is not divided."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, write_recipe
+from test_ddp import MASKS, Ranks, assert_same_outcome, repeatable, run_ranks, server  # noqa: F401 - fixtures
+from transformers import Wav2Vec2ForCTC
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_divided_model_makes_the_updates_of_a_whole_one(
+    prepared: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., Ranks],  # noqa: F811
+) -> None:
+    """Also where one process has nothing to do, stopped and resumed, with checkpointing and a frozen encoder."""
+    model_config = TINY_MODEL | MASKS | {"initializer_range": 0.1, "num_hidden_layers": 3}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=model_config, per_device_train_batch_size=2,
+        gradient_accumulation_steps=3, freeze_feature_encoder=True, gradient_checkpointing=True, max_steps=6,
+        eval_steps=3, save_steps=2,
+    )  # fmt: skip
+    whole = run_ranks(2, "whole", "--config", recipe)
+    assert [len(whole.trained(step)) for step in range(2)] == [12, 1]
+    divided = run_ranks(2, "divided", "--config", recipe, launcher=FSDP)
+    assert divided.statuses == [0, 0]
+    assert "FSDP" in (divided.run_dir / "config.yaml").read_text().splitlines()[0]
+    assert_same_outcome(divided, whole, steps=6)
+    for name in ("eval_wer", "eval_cer"):
+        assert divided.column(name) == pytest.approx(whole.column(name), nan_ok=True), name
+    assert divided.scored() == whole.scored()
+    assert divided.records[0]["is_sharded"] == [True]
+    assert divided.records[0]["pieces"] < 0.7 * whole.records[0]["pieces"]
+
+    stopped = run_ranks(2, "parts", "--config", recipe, launcher=FSDP, stop_at=5)
+    assert stopped.statuses == [1, 1]
+    resumed = run_ranks(2, "parts", "--config", recipe, "--resume_from_checkpoint", "last", launcher=FSDP)
+    assert "at step 4 of 6" in resumed.stdout[0]
+    assert repeatable(resumed) == repeatable(divided)
+    mine, theirs = resumed.state(6), divided.state(6)
+    assert mine.keys() == theirs.keys() == whole.state(6).keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    # One process goes on from it undivided, and transformers opens the best model.
+    opened = Wav2Vec2ForCTC.from_pretrained(divided.run_dir / "model").state_dict()
+    expected = Wav2Vec2ForCTC.from_pretrained(whole.run_dir / "model").state_dict()
+    assert opened.keys() == expected.keys()
+    assert all(torch.allclose(opened[name], expected[name], atol=1e-4) for name in opened)
+    run_ranks(2, "longer", "--config", recipe, launcher=FSDP, stop_at=5)
+    alone = run_ranks(1, "longer", "--config", recipe, "--resume_from_checkpoint", "last")
+    assert_same_outcome(alone, whole, steps=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "FSDP_VERSION 1, which this program does not do: set fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS true, which this program does not do"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing behind train.py"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type: FULL_STATE_DICT"),
+        ({}, "FSDP with layerdrop 0.5: processes that drop different layers cannot share them"),
+    ],
+)
+def test_what_a_divided_run_cannot_do_is_refused(
+    settings: dict[str, str],
+    message: str,
+    prepared: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., Ranks],  # noqa: F811
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL | {"layerdrop": 0.5})
+    refused = run_ranks(2, "run", "--config", recipe, launcher=FSDP | settings, status=2, stop_at=-1)
+    assert refused.statuses == [2, 2]
+    assert message in refused.stderr[0]
+    assert not (tmp_path / "run").exists()
