@@ -7,6 +7,7 @@ autocast decides the precision. Every pass through the model is an exchange, so 
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ from errors import UsageError
 
 if TYPE_CHECKING:
     from model import CTCModel
+
+# The logits are a view, which nobody writes into.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 # What else the launcher can ask for, with the value that this program does, and what to do instead.
 REQUIRED = {

@@ -1,21 +1,23 @@
 """Two hosts as two network namespaces with a cable between them: one run, and what happens when a host goes away."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, TALKATIVE, TINY_MODEL, write_recipe
+from conftest import REPOSITORY, TALKATIVE, TINY_MODEL, make_rows, write_part, write_recipe
 from test_ddp import (  # noqa: F401 - fixtures
     SECONDS_FOR_A_RUN,
     Ranks,
@@ -27,6 +29,16 @@ from test_ddp import (  # noqa: F401 - fixtures
 )
 
 from checkpoint import find_damage, list_checkpoints
+from config import TrainConfig
+from errors import RunFailed, UsageError
+from hosts import (
+    INTERFACE_VARIABLE,
+    check_hosts_agree,
+    check_same,
+    check_shared_folder,
+    talk_over_reachable_interface,
+)
+from processes import naming_lost_processes, naming_unreachable_processes
 
 DDP_TIMEOUT_SECONDS = 10
 # Of a host that is left alone, after --ddp_timeout: Python, torch and the launcher end.
@@ -227,3 +239,151 @@ def list_processes(run_dir: Path) -> list[int]:
     return [
         process.pid for process in psutil.process_iter(["cmdline"]) if str(run_dir) in (process.info["cmdline"] or [])
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ("settings", "--learning_rate is 1e-05 on host0, 2e-05 on host1 (rank 1): start every host with the same"),
+        ("data", "the train data is another value on host0, another value on host1 (rank 1); "),
+        ("folder", "run is not the same folder on every host: host1 (rank 1) does not see what the first process "),
+    ],
+)
+def test_hosts_that_are_no_one_run_are_refused(
+    difference: str, message: str, hosts: Hosts, prepared: Path, tmp_path: Path
+) -> None:
+    """On both hosts, by name, with nothing written."""
+    (tmp_path / "runs").mkdir()
+    recipe = recipe_of(tmp_path, prepared)
+    other_data = tmp_path / "other" / "data"
+    write_part(other_data / "train" / "part_1", make_rows(13, seed=7))
+    write_part(other_data / "dev" / "part_1", make_rows(5, seed=8))
+    write_part(other_data / "test" / "part_1", make_rows(4, seed=3, speakers=("ann", "cem")))
+    hosts.start(
+        "train.py", "--config", recipe, "--output_dir", tmp_path / "runs" / "run",
+        of_second={"settings": ("--learning_rate", 2e-5), "data": ("--data_dir", other_data)}.get(difference, ()),
+        before_second=f"mount -t tmpfs tmpfs {tmp_path / 'runs'}" if difference == "folder" else "",
+    )  # fmt: skip
+    said = hosts.wait()
+    assert 0 not in hosts.statuses
+    for one in said:
+        (line,) = [line for line in one.splitlines() if line.startswith("error: ")]
+        assert message in line
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+# --- The checks by themselves --------------------------------------------------------------------------------------
+
+
+class TwoRanks:
+    """The status of the first of two ranks; what the other one answers is a function of what this one says."""
+
+    def __init__(self, answer: Callable[[object], object] = lambda value: value) -> None:
+        self.answer = answer
+
+    def gather(self, value: object) -> list[object]:
+        return [value, self.answer(value)]
+
+    def decide_first(self, is_first: bool, decide: Callable[[], object]) -> object:
+        assert is_first
+        return decide()
+
+
+def test_facts_that_differ_are_named_with_their_values() -> None:
+    facts = {"--seed": 1, "the vocabulary": dict.fromkeys("ABCDEFGHIJKLMNOPQRST", 1), "case": "upper", "here": 1}
+    other = {"--seed": 2, "the vocabulary": {}, "case": "upper", "there": 2}
+    with pytest.raises(UsageError) as refused:
+        check_same(TwoRanks(lambda _: ("host1", other)), facts, "start alike")
+    host = socket.gethostname()
+    assert str(refused.value) == (
+        f"the processes of this run differ: --seed is 1 on {host}, 2 on host1 (rank 1); the vocabulary is another "
+        f"value on {host}, {{}} on host1 (rank 1); here is 1 on {host}, absent on host1 (rank 1); there is absent on {host}, "
+        "2 on host1 (rank 1): start alike"
+    )
+    check_same(TwoRanks(), facts, "start alike")
+
+
+def test_hosts_may_differ_in_where_they_find_things_and_in_nothing_else() -> None:
+    config = TrainConfig(data_dir="/mine")
+
+    def start_other(**settings: object) -> TwoRanks:
+        def answer(value: tuple[str, dict]) -> tuple[str, dict]:
+            theirs = asdict(dataclasses.replace(config, **settings))
+            return "host1", {name: theirs.get(name.removeprefix("--"), own) for name, own in value[1].items()}
+
+        return TwoRanks(answer)
+
+    check_hosts_agree(start_other(data_dir="/theirs", dataloader_num_workers=7), config)
+    with pytest.raises(UsageError, match=r"--max_steps is -1 on .*, 5 on host1 \(rank 1\): start every host"):
+        check_hosts_agree(start_other(max_steps=5), config)
+
+    def older(value: tuple[str, dict]) -> tuple[str, dict]:
+        return "host1", value[1] | {"the version of torch": "2.0", "the source of this program": "0"}
+
+    with pytest.raises(UsageError, match=r"the version of torch is .*, 2\.0 on host1 .*; the source of this program"):
+        check_hosts_agree(TwoRanks(older), config)
+
+
+def test_a_folder_that_the_other_host_does_not_see_is_refused(tmp_path: Path, read_only_disk: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    check_shared_folder(TwoRanks(), True, folder)
+    with pytest.raises(UsageError, match=r"run is not the same folder on every host: host1 \(rank 1\) does not see"):
+        check_shared_folder(TwoRanks(lambda value: False if value is True else "host1"), True, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["read_only_disk"]
+    with pytest.raises(UsageError, match=r"run cannot be written \(Read-only file system\): name another folder"):
+        check_shared_folder(TwoRanks(), True, read_only_disk / "run")
+
+
+@pytest.fixture
+def of_two_hosts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv(INTERFACE_VARIABLE, "")
+    monkeypatch.delenv(INTERFACE_VARIABLE)
+    return monkeypatch
+
+
+def test_gloo_takes_the_interface_that_leads_to_the_first_host(of_two_hosts: pytest.MonkeyPatch) -> None:
+    addresses = {
+        name: one.address
+        for name, ones in psutil.net_if_addrs().items()
+        for one in ones
+        if one.family == socket.AF_INET
+    }
+    for name, address in addresses.items():
+        of_two_hosts.setenv("MASTER_ADDR", address)
+        of_two_hosts.delenv(INTERFACE_VARIABLE, raising=False)
+        talk_over_reachable_interface()
+        assert os.environ[INTERFACE_VARIABLE] == name
+    of_two_hosts.setenv(INTERFACE_VARIABLE, "ib0")
+    talk_over_reachable_interface()
+    assert os.environ[INTERFACE_VARIABLE] == "ib0"
+
+
+def test_one_host_leaves_gloo_alone(of_two_hosts: pytest.MonkeyPatch) -> None:
+    of_two_hosts.setenv("MASTER_ADDR", "127.0.0.1")
+    of_two_hosts.setenv("LOCAL_WORLD_SIZE", "2")
+    talk_over_reachable_interface()
+    assert INTERFACE_VARIABLE not in os.environ
+
+
+def test_a_first_host_whose_name_means_itself_is_refused(of_two_hosts: pytest.MonkeyPatch) -> None:
+    """As /etc/hosts of Debian has it: no other host can reach 127.0.1.1."""
+    of_two_hosts.setenv("MASTER_ADDR", "node1")
+    found = [(socket.AF_INET, socket.SOCK_DGRAM, 17, "", ("127.0.1.1", 29500))]
+    of_two_hosts.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with pytest.raises(UsageError, match=r"node1, the first host of the run, is 127\.0\.0\.1 on this host, .*=eth0"):
+        talk_over_reachable_interface()
+
+
+def test_processes_that_do_not_reach_each_other_are_told_so() -> None:
+    unreachable = pytest.raises(RunFailed, match=r"do not reach each other \(\[gloo\] timed out connecting\): start")
+    with unreachable, naming_unreachable_processes():
+        raise RuntimeError("[gloo] timed out connecting\nand more")
+    with pytest.raises(RuntimeError, match=r"^something else$"), naming_unreachable_processes():
+        raise RuntimeError("something else")
+    lost = pytest.raises(RunFailed, match=r"another process of the run has ended \(\[gloo\] Connection closed\)")
+    with lost, naming_lost_processes():
+        raise RuntimeError("[gloo] Connection closed")

@@ -5,8 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_MODEL, write_recipe
-from test_ddp import MASKS, Ranks, assert_same_outcome, repeatable, run_ranks, server  # noqa: F401 - fixtures
+from conftest import REPOSITORY, TINY_MODEL, write_recipe
+from test_ddp import (  # noqa: F401 - fixtures
+    MASKS,
+    SECONDS_FOR_A_RUN,
+    Ranks,
+    assert_same_outcome,
+    free_port,
+    launch,
+    repeatable,
+    run_ranks,
+    server,
+)
 from transformers import Wav2Vec2ForCTC
 
 FSDP = {
@@ -83,3 +93,79 @@ def test_what_a_divided_run_cannot_do_is_refused(
     assert refused.statuses == [2, 2]
     assert message in refused.stderr[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_nan_on_one_process_leaves_the_divided_update_out(
+    prepared: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., Ranks],  # noqa: F811
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, max_steps=4, save_steps=4)
+    failure = {"rank": 1, "step": 2, "where": "nan", "passes": [0]}
+    found = run_ranks(2, "found", "--config", recipe, failure=failure, launcher=FSDP)
+    assert found.statuses == [0, 0]
+    assert found.column("bad_updates") == [0, 0, 1, 1]
+    assert all(torch.isfinite(value).all() for value in found.state(4).values())
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_one_process_of_a_divided_run_stops_all(
+    prepared: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., Ranks],  # noqa: F811
+) -> None:
+    """Its next try would be another number of passes than the others make."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4, save_steps=2)
+    failure = {"rank": 1, "step": 3, "where": "forward", "passes": [0]}
+    stopped = run_ranks(2, "run", "--config", recipe, failure=failure, status=1, launcher=FSDP)
+    assert stopped.statuses == [1, 1]
+    assert "[rank 1] failed: out of memory (CUDA out of memory." in stopped.stderr[1]
+    assert "failed: another process of the run has ended (" in stopped.stderr[0]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+
+
+# What the launcher's file makes of a model: types and device, said by every process.
+DESCRIBE = """
+import sys
+sys.path.insert(0, {repository!r})
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from assembly import Assembly
+from config import TrainConfig, parse_arguments
+from processes import start_processes
+
+accelerator = start_processes([], "run", may_shard=True)
+assembly = Assembly(parse_arguments(TrainConfig, ["--config", {recipe!r}], ""), accelerator)
+layers = assembly.model.hf.base_model.encoder.layers
+kinds = [isinstance(module, FSDPModule) for module in (assembly.model, *layers)]
+kinds += [isinstance(parameter, DTensor) for parameter in assembly.model.parameters()]
+print("divided:", all(kinds), accelerator.num_processes, accelerator.device.type, accelerator.mixed_precision)
+accelerator.end_training()
+"""
+
+
+def launch_with_the_file(tmp_path: Path, prepared: Path) -> list[str]:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    script = tmp_path / "describe.py"
+    script.write_text(DESCRIBE.format(repository=str(REPOSITORY), recipe=str(recipe)))
+    process = launch(
+        tmp_path, "--config_file", REPOSITORY / "configs" / "launch" / "fsdp.yaml", "--num_processes", 2,
+        "--main_process_port", free_port(), script,
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=SECONDS_FOR_A_RUN)
+    assert process.returncode == 0, output
+    return [line for line in output.splitlines() if line.startswith("divided:")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes without a GPU each")
+def test_the_launchers_file_divides_the_model_on_cpus(tmp_path: Path, prepared: Path) -> None:
+    """Trap 35: Accelerate by itself would train undivided, in silence."""
+    assert launch_with_the_file(tmp_path, prepared) == ["divided: True 2 cpu bf16"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
+def test_the_launchers_file_divides_the_model_on_gpus(tmp_path: Path, prepared: Path) -> None:
+    assert launch_with_the_file(tmp_path, prepared) == ["divided: True 2 cuda bf16"] * 2
