@@ -136,11 +136,12 @@ from config import TrainConfig, parse_arguments
 from processes import start_processes
 
 accelerator = start_processes([], "run", may_shard=True)
-assembly = Assembly(parse_arguments(TrainConfig, ["--config", {recipe!r}], ""), accelerator)
+assembly = Assembly(parse_arguments(TrainConfig, ["--config", {recipe!r}, "--output_dir", "run"], ""), accelerator)
 layers = assembly.model.hf.base_model.encoder.layers
 kinds = [isinstance(module, FSDPModule) for module in (assembly.model, *layers)]
 kinds += [isinstance(parameter, DTensor) for parameter in assembly.model.parameters()]
-print("divided:", all(kinds), accelerator.num_processes, accelerator.device.type, accelerator.mixed_precision)
+found = ("divided:", all(kinds), accelerator.num_processes, accelerator.device.type, accelerator.mixed_precision)
+sys.stdout.write(" ".join(map(str, found)) + "\n")
 accelerator.end_training()
 """
 
