@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from cache import FactCache
 from config import TrainConfig
 from data import Batch, BatchPlan, Collator, CutSettings, ShardDataset, has_utterances
+from errors import UsageError
 from hosts import check_same
 from memory import Passes, Shape, evaluation_mode
 from metrics import score_batch
@@ -40,6 +41,11 @@ class Assembly:
         self._open_data()
         self._load_model()
         self._select_utterances()
+        if self.is_sharded and config.max_batch_seconds == "auto":
+            raise UsageError(
+                "--max_batch_seconds auto with FSDP: processes that run out of memory at different sizes would wait "
+                "for each other; give a number of seconds"
+            )
         self.use_budget(None if config.max_batch_seconds == "auto" else config.max_batch_seconds)
 
     def _open_data(self) -> None:

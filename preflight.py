@@ -379,6 +379,8 @@ def _memory_remedy(assembly: "Assembly", limit: float, is_training: bool, fits: 
     """What would fit, measured; searched for only where something does not."""
     if fits:
         return "--max_batch_seconds auto finds a size that leaves more room"
+    if assembly.is_sharded:  # No search: a process that runs out of memory leaves the others in the midst of a pass.
+        return "lower --per_device_train_batch_size or --per_device_eval_batch_size, or launch more processes"
     seconds, _ = _find_budget(assembly, limit, _base_bytes(assembly), is_evaluated=not is_training)
     if seconds is None:
         return _single_clip_remedy(assembly, is_training)

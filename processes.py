@@ -71,11 +71,12 @@ def start_processes(
         accelerator = Accelerator(
             cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir, kwargs_handlers=[timeout]
         )
+    if asks_for_sharding() and accelerator.num_processes == 1:
+        raise UsageError("the launcher asks for FSDP and one process: launch with --num_processes 2, or without FSDP")
     if accelerator.distributed_type not in (SHARDED if asks_for_sharding() else SUPPORTED):
         raise UsageError(
             f"the launcher asks for {accelerator.distributed_type.value}, which this loop does not do: choose "
-            "multi-GPU without DeepSpeed or Megatron in accelerate config, or launch with --multi_gpu; FSDP needs "
-            "several processes"
+            "multi-GPU without DeepSpeed or Megatron in accelerate config, or launch with --multi_gpu"
         )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise UsageError("the launcher asks for torch.compile, which this loop does not use: --dynamo_backend no")
@@ -227,7 +228,9 @@ def naming_lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RunFailed) or not is_lost_process(error):
             raise
-        raise RunFailed(f"another process of the run {describe_loss(error)}; its own message says why") from error
+        raise RunFailed(
+            f"another process of the run {describe_loss(error)}; its own message says why, if its host could say it"
+        ) from error
 
 
 @contextlib.contextmanager

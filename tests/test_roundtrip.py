@@ -383,8 +383,8 @@ def saves(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The weights of each save, as they were before any damage."""
     seen = []
 
-    def save_and_remember(loaded: LoadedModel, folder: Path) -> None:
-        save_model(loaded, folder)
+    def save_and_remember(loaded: LoadedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        save_model(loaded, folder, weights)
         seen.append((folder / "model.safetensors").read_bytes())
 
     monkeypatch.setattr(run_module, "save_model", save_and_remember)
@@ -408,8 +408,8 @@ def test_a_bad_save_ends_the_run_and_replaces_nothing(
     with pytest.MonkeyPatch.context() as patch:
         remembering = run_module.save_model
 
-        def save_and_damage(loaded: LoadedModel, folder: Path) -> None:
-            remembering(loaded, folder)
+        def save_and_damage(loaded: LoadedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+            remembering(loaded, folder, weights)
             if len(saves) == number:
                 damage(folder)
 

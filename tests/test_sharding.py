@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import REPOSITORY, TINY_MODEL, write_recipe
 from test_ddp import (  # noqa: F401 - fixtures
     MASKS,
@@ -18,6 +19,8 @@ from test_ddp import (  # noqa: F401 - fixtures
     server,
 )
 from transformers import Wav2Vec2ForCTC
+
+from sharding import REQUIRED
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
@@ -79,6 +82,7 @@ def test_a_divided_model_makes_the_updates_of_a_whole_one(
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing behind train.py"),
         ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type: FULL_STATE_DICT"),
         ({}, "FSDP with layerdrop 0.5: processes that drop different layers cannot share them"),
+        ({"--max_batch_seconds": "auto"}, "--max_batch_seconds auto with FSDP: processes that run out of memory at"),
     ],
 )
 def test_what_a_divided_run_cannot_do_is_refused(
@@ -88,8 +92,11 @@ def test_what_a_divided_run_cannot_do_is_refused(
     tmp_path: Path,
     run_ranks: Callable[..., Ranks],  # noqa: F811
 ) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL | {"layerdrop": 0.5})
-    refused = run_ranks(2, "run", "--config", recipe, launcher=FSDP | settings, status=2, stop_at=-1)
+    flags = [part for name, value in settings.items() if name.startswith("--") for part in (name, value)]
+    launcher = FSDP | {name: value for name, value in settings.items() if not name.startswith("--")}
+    model_config = TINY_MODEL | {"layerdrop": 0.0 if flags else 0.5}
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=model_config)
+    refused = run_ranks(2, "run", "--config", recipe, *flags, launcher=launcher, status=2, stop_at=-1)
     assert refused.statuses == [2, 2]
     assert message in refused.stderr[0]
     assert not (tmp_path / "run").exists()
@@ -170,3 +177,12 @@ def test_the_launchers_file_divides_the_model_on_cpus(tmp_path: Path, prepared: 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
 def test_the_launchers_file_divides_the_model_on_gpus(tmp_path: Path, prepared: Path) -> None:
     assert launch_with_the_file(tmp_path, prepared) == ["divided: True 2 cuda bf16"] * 2
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "launch").glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_knows_every_key_of_the_launchers_files(path: Path) -> None:
+    found = load_config_from_file(str(path))
+    assert found.num_processes == 8
+    if found.fsdp_config:
+        for name, (wanted, _) in REQUIRED.items():
+            assert str(found.fsdp_config[name.lower()]).lower() == wanted.lower(), name
