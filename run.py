@@ -47,7 +47,7 @@ from recovery import Cuts
 from schedule import learning_rate_at
 from scoring import Evaluation, describe_limits, rates
 from selection import draw_subset
-from sharding import gather_tensors, load_weights, whole
+from sharding import gather_tensors, load_weights, weights_of, whole
 from slices import Breakdown, describe_slice
 from stopping import StopSignals
 from text import RULES_FILE
@@ -256,7 +256,7 @@ class Run(Assembly):
             )
         tensors, saved = checkpoint.load_checkpoint(self.checkpoint)
         weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-        load_weights(self.model.hf, weights)
+        load_weights(self.model, weights)
         checkpoint.restore_optimizer(self.model, self.optimizer.optimizer, tensors, saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -548,7 +548,7 @@ class Run(Assembly):
         self.accelerator.wait_for_everyone()
         path = self.folder / "model" / "model.safetensors"
         try:
-            load_weights(self.model.hf, load_file(path))
+            load_weights(self.model, load_file(path))
         except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"{path} cannot be read as weights ({error}): put the file of step {self.state.best_step} back, or "
@@ -660,7 +660,7 @@ class Run(Assembly):
 
     def _gather_weights(self) -> dict[str, torch.Tensor]:
         """Of the model by Hugging Face's names; on the first rank only, and asked for by all."""
-        return gather_tensors(self.model.hf.state_dict(), self.is_main)
+        return gather_tensors(weights_of(self.model), self.is_main)
 
     def _save_best(self, weights: dict[str, torch.Tensor]) -> None:
         """`model/`, unless what was written is not what was trained: that stays in model.rejected."""

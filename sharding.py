@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # The logits are a view, which nobody writes into.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
+# Of CTCModel's names, before those of transformers.
+PREFIX = "hf."
 # What else the launcher can ask for, with the value that this program does, and what to do instead.
 REQUIRED = {
     "FSDP_VERSION": ("2", "fsdp_version: 2"),
@@ -125,14 +127,21 @@ def like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def load_weights(hf: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Whole weights into a model that may be divided.
+def weights_of(model: "CTCModel") -> dict[str, torch.Tensor]:
+    """The weights in memory by Hugging Face's names; of a divided model this process' pieces."""
+    # Asked of the model itself: that is where a divided one gives back what it has gathered.
+    return {name.removeprefix(PREFIX): tensor for name, tensor in model.state_dict().items()}
+
+
+def load_weights(model: "CTCModel", weights: Mapping[str, torch.Tensor]) -> None:
+    """Whole weights, by Hugging Face's names, into a model that may be divided.
 
     Raises:
         RuntimeError: names or shapes differ (torch's).
     """
-    own = hf.state_dict()
-    hf.load_state_dict({name: like(tensor, own[name]) if name in own else tensor for name, tensor in weights.items()})
+    own = weights_of(model)
+    pieces = {name: like(tensor, own[name]) if name in own else tensor for name, tensor in weights.items()}
+    model.load_state_dict({PREFIX + name: tensor for name, tensor in pieces.items()})
 
 
 class ShardedGradients:
