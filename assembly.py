@@ -10,13 +10,16 @@ from accelerate import Accelerator
 from cache import FactCache
 from config import TrainConfig
 from data import Batch, BatchPlan, Collator, CutSettings, ShardDataset, has_utterances
-from memory import Passes, evaluation_mode
+from errors import UsageError
+from hosts import check_same
+from memory import Passes, Shape, evaluation_mode
 from metrics import score_batch
 from model import forward_with_loss, optimizer_groups
 from overlap import find_overlap
 from pretrained import load_model
 from processes import RankStatus, SharedGradients, check_same_on_all_ranks, choose_loading_processes, main_first
 from selection import draw_subset, select_training_rows
+from sharding import ShardedGradients, asks_for_sharding, is_sharded, shard
 from slices import Trained, draw_stratified
 from text import TextNormalizer
 from transcripts import measure_texts
@@ -38,6 +41,11 @@ class Assembly:
         self._open_data()
         self._load_model()
         self._select_utterances()
+        if self.is_sharded and config.max_batch_seconds == "auto":
+            raise UsageError(
+                "--max_batch_seconds auto with FSDP: processes that run out of memory at different sizes would wait "
+                "for each other; give a number of seconds"
+            )
         self.use_budget(None if config.max_batch_seconds == "auto" else config.max_batch_seconds)
 
     def _open_data(self) -> None:
@@ -51,6 +59,8 @@ class Assembly:
             # Checked, and kept out of training, also where it is not scored: someone will score it one day.
             self.sets["test"] = ShardDataset(data_dir / "test")
         self.test_set = self.sets.get("test") if self.config.do_predict else None
+        fingerprints = {f"the {name} data": dataset.fingerprint for name, dataset in self.sets.items()}
+        check_same(self.status, fingerprints, "give every host the same data, or --data_dir on shared storage")
 
     def _load_model(self) -> None:
         config, device = self.config, self.accelerator.device
@@ -66,12 +76,15 @@ class Assembly:
             config.seed,
         )
         self.model = self.loaded.model.to(device)
+        check_same_on_all_ranks(self.accelerator, self.model)
+        if asks_for_sharding():
+            shard(self.model, self.accelerator)
         groups = optimizer_groups(self.model, config.weight_decay)
         # The fused step leaves weights and moments alone when `found_inf` says so, without waiting for the device.
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        check_same_on_all_ranks(self.accelerator, self.model)
-        self.gradients = SharedGradients([p for p in self.model.parameters() if p.requires_grad])
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.gradients = ShardedGradients(trained) if self.is_sharded else SharedGradients(trained)
         if self.accelerator.scaler is not None:
             # A rank whose cut is empty scales no loss, and unscaling needs the scale on its device.
             self.accelerator.scaler.scale(torch.zeros((), device=device))
@@ -106,6 +119,11 @@ class Assembly:
     def trained(self) -> Trained:
         """Speakers and sentences that training hears."""
         return Trained.of(self.train_set, self.selection.reasons == 0)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model is divided among the processes (FSDP)."""
+        return is_sharded(self.model)
 
     @property
     def num_workers(self) -> int:
@@ -151,6 +169,12 @@ class Assembly:
     def _train_pass(self, batch: Batch) -> None:
         self.model.train()
         self.accelerator.backward(self.forward(batch)[2].sum())
+
+    def pass_nothing(self) -> None:
+        """A forward and a backward pass that add nothing: a process with less to do than another goes along (FSDP)."""
+        self.model.train()
+        batch = self.passes.make_batch(Shape(1, self.model.receptive_field))
+        self.accelerator.backward(0.0 * self.forward(batch)[0].sum())
 
     def _evaluation_pass(self, batch: Batch) -> None:
         with evaluation_mode(self.model):

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from atomic import ASIDE, UNFINISHED, check_free_space, recover_folder, replace_folder, reporting_disk_errors
 from errors import RunFailed, UsageError
+from sharding import like
 
 SCHEMA_VERSION = 2
 TENSORS_FILE, STATE_FILE, MANIFEST_FILE = "tensors.safetensors", "state.json", "manifest.json"
@@ -178,6 +179,8 @@ def prune_checkpoints(run_dir: Path, keep: int, report: Callable[[str], None] = 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, State]:
     """The state of an optimizer by parameter name (`optimizer.exp_avg.<name>`), and its groups' settings as JSON.
 
+    Of a model that is divided among processes, the tensors are this process' pieces.
+
     Args:
         model: the one whose parameters the optimizer holds, out of any DDP wrapper.
         optimizer: any whose per-parameter state is tensors (AdamW, with its step).
@@ -201,7 +204,8 @@ def restore_optimizer(
     Raises:
         UsageError: the checkpoint trains other parameters than this run.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
     own_groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     saved_groups = [group["params"] for group in state["param_groups"]]
     if own_groups != saved_groups:
@@ -218,7 +222,7 @@ def restore_optimizer(
         if prefix == "optimizer":
             key, _, name = rest.partition(".")
             # A copy: loaded tensors are mapped from the checkpoint's file, which retention will delete.
-            entries.setdefault(indices[name], {})[key] = tensor.clone()
+            entries.setdefault(indices[name], {})[key] = like(tensor.clone(), parameters[name])
     groups = [{**group, "params": [indices[name] for name in group["params"]]} for group in state["param_groups"]]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 

@@ -39,11 +39,12 @@ from audio import SAMPLE_RATE_HZ
 from comparison import compare
 from config import EvaluateConfig, parse_arguments
 from data import Batch, ShardDataset, has_utterances
+from hosts import check_hosts_agree
 from intervals import CONFIDENCE, share_of_units
 from metrics import TextScore
 from model_scorer import ModelScorer
 from pretrained import find_checkpoint_folder
-from processes import describe_processes, main_first, start_processes
+from processes import RankStatus, describe_processes, main_first, naming_lost_processes, start_processes
 from progress import say
 from recovery import failing_by_name, release_memory
 from result_layout import COMPARISON_FILE, DROPS_FILE, RESULTS_FILE, UTTERANCES_FILE
@@ -73,25 +74,39 @@ def main() -> None:
     other = read_compared(config, folder)
     accelerator = start_processes([], str(folder), config.ddp_timeout)
     try:
-        if config.compare and other is None:
-            with main_first(accelerator):
-                find_checkpoint_folder(config.compare)
-        rules = score_and_report(config, folder, accelerator)
-        if config.compare and other is None:
-            release_memory()
-            # Both are judged by the same texts; the case is each vocabulary's own.
-            rules = {"characters_to_ignore": rules["characters_to_ignore"]}
-            # As the model itself hears, since a language model's weights are those of one recogniser.
-            compared = replace(config, model_name_or_path=config.compare, lm=None, **rules)
-            score_and_report(compared, folder / COMPARED_FOLDER, accelerator)
-        if config.compare and accelerator.is_main_process:
-            other = read_utterances(folder / COMPARED_FOLDER) if other is None else other
-            report_comparison(config, folder, other)
-        if accelerator.is_main_process:
-            say(report_line(folder), sys.stdout)
+        with naming_lost_processes():
+            check_hosts_agree(RankStatus(accelerator, config.ddp_timeout), config)
+            score_models(config, folder, other, accelerator)
     finally:
         end_loaders()
         accelerator.end_training()
+
+
+def score_models(config: EvaluateConfig, folder: Path, other: Utterances | None, accelerator: Accelerator) -> None:
+    """The model, and the one that it is compared with.
+
+    Args:
+        config: the settings.
+        folder: for the results.
+        other: results to compare with.
+        accelerator: of this process.
+    """
+    if config.compare and other is None:
+        with main_first(accelerator):
+            find_checkpoint_folder(config.compare)
+    rules = score_and_report(config, folder, accelerator)
+    if config.compare and other is None:
+        release_memory()
+        # Both are judged by the same texts; the case is each vocabulary's own.
+        rules = {"characters_to_ignore": rules["characters_to_ignore"]}
+        # As the model itself hears, since a language model's weights are those of one recogniser.
+        compared = replace(config, model_name_or_path=config.compare, lm=None, **rules)
+        score_and_report(compared, folder / COMPARED_FOLDER, accelerator)
+    if config.compare and accelerator.is_main_process:
+        other = read_utterances(folder / COMPARED_FOLDER) if other is None else other
+        report_comparison(config, folder, other)
+    if accelerator.is_main_process:
+        say(report_line(folder), sys.stdout)
 
 
 def read_compared(config: EvaluateConfig, folder: Path) -> Utterances | None:

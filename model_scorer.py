@@ -16,10 +16,11 @@ from cache import FactCache
 from config import EvaluateConfig
 from data import Batch, Collator, CutSettings, ShardDataset
 from errors import UsageError
+from hosts import check_same
 from memory import MemoryLimit
 from model import forward_with_loss
 from pretrained import find_checkpoint_folder, load_recogniser
-from processes import RankStatus, choose_loading_processes, main_first
+from processes import RankStatus, check_same_on_all_ranks, choose_loading_processes, main_first
 from recovery import Cuts
 from stopping import StopSignals
 from text import TextNormalizer, Vocabulary, read_rules
@@ -54,13 +55,17 @@ class ModelScorer:
         self.config, self.accelerator = config, accelerator
         self.forward_seconds = 0.0
         self._log_probs: dict[int, np.ndarray] | None = {} if keeps_log_probs else None
+        self.status = RankStatus(accelerator, config.ddp_timeout)
         self.dataset = ShardDataset(Path(config.data_dir) / config.split)
+        fingerprint = {f"the {config.split} data": self.dataset.fingerprint}
+        check_same(self.status, fingerprint, "give every host the same data, or --data_dir on shared storage")
         name = config.model_name_or_path
         with main_first(accelerator):
             self.loaded = load_recogniser(name)
             rules = {"case": config.case, "characters_to_ignore": config.characters_to_ignore}
             self.rules = read_rules(find_checkpoint_folder(name), **rules)
         self.model = self.loaded.model.to(accelerator.device)
+        check_same_on_all_ranks(accelerator, self.model)
         self.vocabulary = self.loaded.vocabulary
         self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, **self.rules)
         drops = config.unknown == "drop_character"
@@ -82,7 +87,6 @@ class ModelScorer:
         )
         self.eval_cuts = Cuts("evaluation", "cut the clip, or use more memory", self._report)
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
-        self.status = RankStatus(accelerator, config.ddp_timeout)
         self.stop = StopSignals(None, time.monotonic(), *ANSWER_TO_STOP)
         self.num_workers = choose_loading_processes(config.dataloader_num_workers, accelerator.device)
 

@@ -40,6 +40,7 @@ from config import PreflightConfig, parse_arguments
 from coverage import check_coverage, check_round_trip
 from data import CutSettings, cut_update
 from findings import Finding, worst_verdict
+from hosts import check_hosts_agree
 from memory import (
     Probe,
     Shape,
@@ -54,7 +55,7 @@ from memory import (
     used_bytes,
 )
 from model import parameter_counts
-from processes import start_processes
+from processes import RankStatus, naming_lost_processes, start_processes
 from progress import print_table
 from recovery import release_memory
 from selection import COUNT_CHECK, write_drop_list, write_suspects
@@ -109,11 +110,13 @@ def main() -> None:
 
     config = parse_arguments(PreflightConfig, sys.argv[1:], __doc__)
     folder = choose_report_folder(config)
-    accelerator = start_processes(config.report_to, str(folder), config.ddp_timeout)
+    accelerator = start_processes(config.report_to, str(folder), config.ddp_timeout, may_shard=True)
     try:
-        assembly = Assembly(config, accelerator)
-        assembly.plan_updates(assembly.utterances_per_update)
-        report = run_checks(assembly)
+        with naming_lost_processes():
+            check_hosts_agree(RankStatus(accelerator, config.ddp_timeout), config)
+            assembly = Assembly(config, accelerator)
+            assembly.plan_updates(assembly.utterances_per_update)
+            report = run_checks(assembly)
         if assembly.is_main:
             print_report(report)
             _write_and_say(folder, report, assembly)
@@ -393,6 +396,8 @@ def _memory_remedy(assembly: "Assembly", limit: float, is_training: bool, fits: 
     """What would fit, measured; searched for only where something does not."""
     if fits:
         return "--max_batch_seconds auto finds a size that leaves more room"
+    if assembly.is_sharded:  # No search: a process that runs out of memory leaves the others in the midst of a pass.
+        return "lower --per_device_train_batch_size or --per_device_eval_batch_size, or launch more processes"
     seconds, _ = _find_budget(assembly, limit, _base_bytes(assembly), is_evaluated=not is_training)
     if seconds is None:
         return _single_clip_remedy(assembly, is_training)

@@ -4,12 +4,17 @@
     python prepare.py --corpus manifest.csv --data_dir data/x --split_by speaker --split_fractions 0.8 0.1 0.1
     python prepare.py --corpus digits --data_dir data/digits --test_speakers theo
     python prepare.py --data_dir data/en --verify
+    accelerate launch --multi_gpu --num_machines 2 ... prepare.py ...      (each part is made once, by one process)
 
 Writes DATA_DIR/{train,dev,test}/part_1, part_2, ... (audio once, as 16 kHz int16; text as found) and dropped.csv with a
 reason for every row left out. Started again, it goes on where it was stopped.
 """
 
 from errors import RunFailed, UsageError, exit_status
+
+# isort: split
+
+import launched  # noqa: F401 - before torch
 
 # isort: split
 
@@ -23,8 +28,8 @@ import json
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -37,6 +42,7 @@ from audio import RESAMPLING, SAMPLE_RATE_HZ, Clip, ClipError, ClipPool, ClipReq
 from config import PrepareConfig, parse_arguments
 from corpora import DROP_COLUMNS, DROP_REASONS, SPLITS, AudioLocator, Corpus, SourceRow, open_corpus
 from demo import make_demo_corpus
+from hosts import check_same
 from integrity import (
     SCHEMA_VERSION,
     Damage,
@@ -54,6 +60,7 @@ from lock import only_process_in
 from progress import Progress
 from shards import PartWriter, new_part, remove_unfinished_parts
 from splits import SplitPlan, plan_splits, stable_hash
+from team import ALONE, Team, team_of_launcher
 
 PROBED_CLIPS = 200
 MAX_METADATA_COLUMNS = 200
@@ -70,33 +77,37 @@ PACKAGES = ("torch", "torchaudio", "soundfile", "pyarrow", "numpy")
 def main() -> None:
     """The command."""
     config = parse_arguments(PrepareConfig, sys.argv[1:], __doc__)
-    if config.corpus:
-        prepare(config)
-    else:
-        verify(Path(config.data_dir))
+    with team_of_launcher(config) as team:
+        if config.corpus:
+            prepare(config, team=team)
+        elif team.is_first:
+            verify(Path(config.data_dir))
+        team.wait()
 
 
-def prepare(config: PrepareConfig, is_waiting: bool = False) -> None:
+def prepare(config: PrepareConfig, is_waiting: bool = False, team: Team = ALONE) -> None:
     """Read, split, decode and write a corpus; finished parts are kept and checked, damaged ones are made again.
 
     Args:
         config: the settings.
         is_waiting: wait for another prepare.py in the same folder instead of being refused.
+        team: the processes that divide the parts; the first one alone checks, speaks and writes the rest.
 
     Raises:
         UsageError: the corpus or the settings are refused, or another process is at it; nothing was written.
         RunFailed: stopped on the way; finished parts stay, and the same command goes on.
     """
     out = Path(config.data_dir)
-    _refuse_foreign_folder(out)
-    with only_process_in(out, is_waiting), ClipPool(_num_workers(config.num_workers)) as pool:
-        if config.corpus == "demo" and not (out / "prepare.json").exists():
-            pool.warm_up()  # beside the synthesis
-        corpus = _open(config, out)
+    with contextlib.ExitStack() as stack:
+        team.decide_first(lambda: _occupy(out, is_waiting, stack))
+        pool = stack.enter_context(ClipPool(_num_workers(config.num_workers, team.on_this_host)))
+        corpus = _open(config, out, pool, team)
         state = corpus.state()
-        with _showing_passes(corpus) as shown:
+        with _showing_passes(corpus, team.is_first) as shown:
             plan = plan_splits(shown, config)
             scan = _scan(shown, plan)
+        if team.status is not None:
+            check_same(team.status, scan.facts(), "give every host the same --corpus")
         job = _Job(
             corpus,
             state,
@@ -106,20 +117,25 @@ def prepare(config: PrepareConfig, is_waiting: bool = False) -> None:
             _settings(config, scan),
             _damage_by_reading if config.verify else _damage_at_a_glance,
         )
-        print(f"{config.corpus}: {corpus.kind}, {scan.describe()}", flush=True)
-        for note in (*corpus.notes, *plan.notes, *scan.notes()):
-            print(f"note: {note}", flush=True)
-        missing_rows = job.check_existing(out)
-        if missing_rows:
-            job.probe(out, pool, missing_rows)
-        else:
-            print("every part is there already", flush=True)
+        if team.is_first:
+            print(f"{config.corpus}: {corpus.kind}, {scan.describe()}", flush=True)
+            for note in (*corpus.notes, *plan.notes, *scan.notes()):
+                print(f"note: {note}", flush=True)
+        missing = team.decide_first(lambda: job.find_missing(out, pool))
         with _saying_what_stays(out):
-            remove_unfinished_parts(out)
-            if missing_rows:
-                job.write_parts(out, pool, missing_rows)
-            _finish(out, config, job.settings)
-    print(_summary(out), flush=True)
+            if missing:
+                job.write_parts(out, pool, dict(team.share([*missing.items()])), team.is_first)
+            team.wait()
+            if team.is_first:
+                _finish(out, config, job.settings)
+    if team.is_first:
+        print(_summary(out), flush=True)
+
+
+def _occupy(out: Path, is_waiting: bool, stack: contextlib.ExitStack) -> None:
+    """Hold the output folder until the stack ends."""
+    _refuse_foreign_folder(out)
+    stack.enter_context(only_process_in(out, is_waiting))
 
 
 def _finish(out: Path, config: PrepareConfig, settings: dict) -> None:
@@ -152,6 +168,10 @@ class _Scan:
     metadata_columns: list[str]
     repeated_ids: set[int]
 
+    def facts(self) -> dict[str, str]:
+        """What must be the same wherever the corpus is read."""
+        return {"the corpus": f"{self.describe()}, {hashlib.sha256(self.split_codes.tobytes()).hexdigest()[:8]}"}
+
     def describe(self) -> str:
         return ", ".join(f"{split} {count:,} rows" for split, count in self.rows.items())
 
@@ -167,7 +187,6 @@ class _Job:
     Attributes:
         state: of the corpus when it was scanned.
         find_damage: what is wrong with a finished part.
-        damaged: parts to be made again.
     """
 
     corpus: Corpus
@@ -177,37 +196,51 @@ class _Job:
     chunk_size: int
     settings: dict
     find_damage: Callable[[Path], list[str]]
-    damaged: set[Path] = field(default_factory=set)
 
-    def check_existing(self, out: Path) -> int:
-        """Compare finished parts with the settings and the corpus; the number of rows that are still to be prepared.
+    def find_missing(self, out: Path, pool: ClipPool) -> dict[Path, int]:
+        """The parts that are still to be made (as train/part_1), with their rows, once it is known that they can be.
+
+        Raises:
+            UsageError: finished parts are another corpus', most clips cannot be used, or the disk is too small.
+        """
+        missing = self.check_existing(out)
+        if missing:
+            self.probe(out, pool, sum(missing.values()))
+        else:
+            print("every part is there already", flush=True)
+        with _saying_what_stays(out):
+            remove_unfinished_parts(out)
+        return {folder.relative_to(out): rows for folder, rows in missing.items()}
+
+    def check_existing(self, out: Path) -> dict[Path, int]:
+        """Compare finished parts with the settings and the corpus; those that are still to be made, with their rows.
 
         A damaged part is named and counts as missing.
 
         Raises:
             UsageError: another corpus, other settings or another version of this program made them.
         """
-        missing_rows = 0
+        missing: dict[Path, int] = {}
         if (out / "prepare.json").exists():
             self._check_facts(out, out / "prepare.json")
         rows_to_read = {split: self._rows_to_last_part(out, split) for split in SPLITS}
         if not any(rows_to_read.values()):
-            return sum(self.scan.rows.values())
+            return {folder: rows for split in SPLITS for folder, rows in self._part_sizes(out, split)}
         with Progress("checking finished parts", sum(rows_to_read.values()), "rows") as progress:
             for split in SPLITS:
                 rows_left = rows_to_read[split]
                 for folder, rows, items, fingerprint in self._parts(out, split):
                     if folder.exists():
-                        self._check_part(out, folder, _counted(items, progress), fingerprint)
-                        missing_rows += rows if folder in self.damaged else 0
+                        if not self._is_intact(out, folder, _counted(items, progress), fingerprint):
+                            missing[folder] = rows
                     else:
-                        missing_rows += rows
+                        missing[folder] = rows
                         if rows_left > 0:  # behind these rows lies a finished part
                             _use_up(_counted(items, progress))
                     rows_left -= rows
-        return missing_rows
+        return missing
 
-    def _check_part(self, out: Path, folder: Path, items: Iterator, fingerprint: "hashlib._Hash") -> None:
+    def _is_intact(self, out: Path, folder: Path, items: Iterator, fingerprint: "hashlib._Hash") -> bool:
         facts = self._check_facts(out, folder / "part.json")
         _use_up(items)
         if facts and facts["source_fingerprint"] != fingerprint.hexdigest():
@@ -218,8 +251,7 @@ class _Job:
         damage = self.find_damage(folder)
         for what in damage:
             print(f"damaged, will be made again: {folder}: {what}", flush=True)
-        if damage:
-            self.damaged.add(folder)
+        return not damage
 
     def _check_facts(self, out: Path, path: Path) -> dict:
         """The facts of prepare.json or part.json, which must agree with the settings; none where it is damaged."""
@@ -259,16 +291,23 @@ class _Job:
         seconds_per_row = sum(num_samples) / SAMPLE_RATE_HZ / max(len(num_samples), 1)
         _check_disk(out, _bytes_of_audio(missing_rows * seconds_per_row))
 
-    def write_parts(self, out: Path, pool: ClipPool, missing_rows: int) -> None:
-        """Write every part that is not there yet, and in the place of a damaged one its like."""
-        with Progress("preparing", missing_rows, "clips") as progress:
+    def write_parts(self, out: Path, pool: ClipPool, wanted: Mapping[Path, int], is_shown: bool) -> None:
+        """Write the `wanted` parts, also in the place of a damaged one.
+
+        Args:
+            out: the output folder.
+            pool: decodes.
+            wanted: what `find_missing` names, or a share of it.
+            is_shown: the progress, on the screen.
+        """
+        with Progress("preparing", sum(wanted.values()), "clips", is_shown) as progress:
             for split in SPLITS:
                 for folder, rows, items, fingerprint in self._parts(out, split):
-                    if folder.exists() and folder not in self.damaged:
-                        with Progress(f"passing over {split}/{folder.name}", rows, "rows") as passing:
-                            _use_up(_counted(items, passing))  # keeps track of the ids
-                    else:
+                    if folder.relative_to(out) in wanted:
                         self._write_part(folder, pool.read(items), fingerprint, progress)
+                    else:
+                        with Progress(f"passing over {split}/{folder.name}", rows, "rows", is_shown) as passing:
+                            _use_up(_counted(items, passing))  # keeps track of the ids
 
     def _write_part(
         self,
@@ -323,11 +362,15 @@ class _Job:
         coded = zip(self.scan.split_codes, self.corpus.read(), strict=False)
         rows = (row for code, row in coded if code == wanted)
         seen: set[int] = set()
-        for number, start in enumerate(range(0, self.scan.rows[split], self.chunk_size), 1):
+        for folder, count in self._part_sizes(out, split):
             fingerprint = hashlib.blake2b(digest_size=16)
             chunk = itertools.islice(rows, self.chunk_size)
-            count = min(self.chunk_size, self.scan.rows[split] - start)
-            yield out / split / f"part_{number}", count, self._judge(chunk, split, seen, fingerprint), fingerprint
+            yield folder, count, self._judge(chunk, split, seen, fingerprint), fingerprint
+
+    def _part_sizes(self, out: Path, split: str) -> Iterator[tuple[Path, int]]:
+        """Folder and rows of every part."""
+        for number, start in enumerate(range(0, self.scan.rows[split], self.chunk_size), 1):
+            yield out / split / f"part_{number}", min(self.chunk_size, self.scan.rows[split] - start)
 
     def _judge(
         self, rows: Iterable[SourceRow], split: str, seen: set[int], fingerprint: "hashlib._Hash"
@@ -380,15 +423,17 @@ class _Judged:
 # Before the first clip
 
 
-def _open(config: PrepareConfig, out: Path) -> Corpus:
+def _open(config: PrepareConfig, out: Path, pool: ClipPool, team: Team) -> Corpus:
     if config.corpus != "demo":
         return open_corpus(Path(config.corpus), config.train_split, config.audio_column_name, config.text_column_name)
-    make_demo_corpus(out / "demo_corpus")
+    if not (out / "prepare.json").exists():
+        pool.warm_up()  # beside the synthesis
+    team.decide_first(lambda: make_demo_corpus(out / "demo_corpus"))
     return replace(open_corpus(out / "demo_corpus"), kind="demo")
 
 
 @contextlib.contextmanager
-def _showing_passes(corpus: Corpus) -> Iterator[Corpus]:
+def _showing_passes(corpus: Corpus, is_shown: bool) -> Iterator[Corpus]:
     """The same corpus, with a bar for every pass over its rows; the block's end takes down one that was broken off."""
     rows, passes = max(corpus.count_lines(), 1), 0
     with contextlib.ExitStack() as bar:
@@ -397,7 +442,7 @@ def _showing_passes(corpus: Corpus) -> Iterator[Corpus]:
             nonlocal rows, passes
             bar.close()
             passes += 1
-            progress = bar.enter_context(Progress(f"reading rows, pass {passes}", rows, "rows"))
+            progress = bar.enter_context(Progress(f"reading rows, pass {passes}", rows, "rows", is_shown))
             yield from _counted(corpus.read(), progress)
             rows = max(progress.done, 1)
 
@@ -503,8 +548,8 @@ def _is_held_out(error: ClipError | None) -> bool:
     return error is not None and error.reason.startswith("held_out")
 
 
-def _num_workers(num_workers: int) -> int:
-    return num_workers if num_workers > 0 else usable_cores()
+def _num_workers(num_workers: int, processes: int) -> int:
+    return num_workers if num_workers > 0 else max(1, usable_cores() // processes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -478,12 +478,19 @@ def _default_feature_extractor(hf_config: PretrainedConfig) -> tuple[Wav2Vec2Fea
 # --- Saving --------------------------------------------------------------------------------------------------------
 
 
-def save_model(loaded: LoadedModel, folder: Path | str) -> None:
-    """Write weights and processor in Hugging Face format, as `pipeline("automatic-speech-recognition")` opens it."""
+def save_model(loaded: LoadedModel, folder: Path | str, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write weights and processor in Hugging Face format, as `pipeline("automatic-speech-recognition")` opens it.
+
+    Args:
+        loaded: the model, its processor and what belongs to them.
+        folder: to write.
+        weights: its own by name, made whole where the model is divided among processes; None for those in memory.
+    """
     assert len(loaded.processor.tokenizer) == loaded.model.hf.config.vocab_size
     with _quiet_transformers():
+        own = None if weights is None else dict(weights)  # transformers takes things out of it
         # By default the names are those of the checkpoint that it came from, such as weight_g (before torch 2).
-        loaded.model.hf.save_pretrained(folder, save_original_format=False)
+        loaded.model.hf.save_pretrained(folder, state_dict=own, save_original_format=False)
         loaded.processor.save_pretrained(folder)
         # transformers 4 looks for the feature extractor in a file of its own.
         loaded.processor.feature_extractor.save_pretrained(folder)

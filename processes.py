@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -13,24 +14,32 @@ from torch import nn
 
 from audio import usable_cores
 from errors import RunFailed, UsageError
+from hosts import talk_over_reachable_interface
+from sharding import asks_for_sharding, check_sharding_settings
 
+Value = TypeVar("Value")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+SHARDED = (DistributedType.FSDP, DistributedType.MULTI_CPU)
 # Gradients travel in pieces of this many numbers (100 MB in fp32), which bounds the memory of the transport.
 NUMBERS_PER_REDUCTION = 25_000_000
 # More loading processes than this only hold memory.
 MAX_LOADING_PROCESSES = 4
 
 
-def start_processes(report_to: list[str], output_dir: str, ddp_timeout: int = 1800) -> Accelerator:
+def start_processes(
+    report_to: list[str], output_dir: str, ddp_timeout: int = 1800, may_shard: bool = False
+) -> Accelerator:
     """The Accelerator of this run, with the launcher's settings checked.
 
     Args:
         report_to: trackers.
         output_dir: where they write.
         ddp_timeout: seconds to wait for a process that does not answer.
+        may_shard: the command can divide its model among the processes (FSDP).
 
     Raises:
         UsageError: for settings that would be ignored, run slowly in silence, or let processes overwrite each other.
+        RunFailed: the processes do not reach each other.
     """
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
@@ -51,17 +60,25 @@ def start_processes(report_to: list[str], output_dir: str, ddp_timeout: int = 18
         raise UsageError(
             "mixed precision fp16 needs a GPU and none is visible: launch with --mixed_precision bf16 or no"
         )
+    if asks_for_sharding():
+        if not may_shard:
+            raise UsageError("the launcher asks for FSDP, which only training needs: launch this with --multi_gpu")
+        check_sharding_settings(precision)
     if not has_gpu:
         _use_all_cores()
     # Without a GPU several processes talk over gloo instead of each believing that it is alone.
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=ddp_timeout))
-    accelerator = Accelerator(
-        cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir, kwargs_handlers=[timeout]
-    )
-    if accelerator.distributed_type not in SUPPORTED:
+    talk_over_reachable_interface()
+    with naming_unreachable_processes():
+        accelerator = Accelerator(
+            cpu=not has_gpu, log_with=report_to or None, project_dir=output_dir, kwargs_handlers=[timeout]
+        )
+    if asks_for_sharding() and accelerator.num_processes == 1:
+        raise UsageError("the launcher asks for FSDP and one process: launch with --num_processes 2, or without FSDP")
+    if accelerator.distributed_type not in (SHARDED if asks_for_sharding() else SUPPORTED):
         raise UsageError(
             f"the launcher asks for {accelerator.distributed_type.value}, which this loop does not do: choose "
-            "multi-GPU without FSDP, DeepSpeed or Megatron in accelerate config, or launch with --multi_gpu"
+            "multi-GPU without DeepSpeed or Megatron in accelerate config, or launch with --multi_gpu"
         )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise UsageError("the launcher asks for torch.compile, which this loop does not use: --dynamo_backend no")
@@ -100,7 +117,7 @@ def describe_processes(accelerator: Accelerator) -> dict[str, object]:
         "mixed_precision": str(accelerator.mixed_precision),
         "num_processes": accelerator.num_processes,
         "device": str(accelerator.device),
-        "distributed_type": str(accelerator.distributed_type.value),
+        "distributed_type": "FSDP" if asks_for_sharding() else str(accelerator.distributed_type.value),
     }
 
 
@@ -120,9 +137,17 @@ class RankStatus:
     """Lets the ranks agree on how an attempt went, host to host: no rank waits for its GPU."""
 
     def __init__(self, accelerator: Accelerator, ddp_timeout: int) -> None:
-        several = accelerator.num_processes > 1
-        timeout = timedelta(seconds=ddp_timeout)
-        self._group = torch.distributed.new_group(backend="gloo", timeout=timeout) if several else None
+        """Must be made on every rank at the same time.
+
+        Raises:
+            RunFailed: the processes do not reach each other.
+        """
+        self._num_processes = accelerator.num_processes
+        self._group = None
+        if self._num_processes > 1:
+            with naming_unreachable_processes():
+                timeout = timedelta(seconds=ddp_timeout)
+                self._group = torch.distributed.new_group(backend="gloo", timeout=timeout)
 
     def worst(self, *statuses: int) -> list[int]:
         """The largest of all ranks, for each status. A rank that has ended makes the others fail at once.
@@ -133,11 +158,44 @@ class RankStatus:
         if self._group is None:
             return list(statuses)
         largest = torch.tensor(statuses)
-        try:
+        with naming_lost_processes():
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=self._group)
-        except RuntimeError as error:
-            raise RunFailed(f"another process of the run {describe_loss(error)}; its own message says why") from error
         return largest.tolist()
+
+    def gather(self, value: Value) -> list[Value]:
+        """The value of every rank, by rank.
+
+        Raises:
+            RunFailed: as `worst`.
+        """
+        if self._group is None:
+            return [value]
+        values: list = [None] * self._num_processes
+        with naming_lost_processes():
+            torch.distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def decide_first(self, is_first: bool, decide: Callable[[], Value]) -> Value:
+        """What the first rank decides: other hosts may not see at once what has changed on shared storage.
+
+        Raises:
+            UsageError: it refuses; every rank does, with the same message.
+            RunFailed: as `worst`.
+        """
+        decision: list = [None, None]
+        if is_first:
+            try:
+                decision[0] = decide()
+            except UsageError as error:
+                if self._group is None:
+                    raise
+                decision[1] = str(error)
+        if self._group is not None:
+            with naming_lost_processes():
+                torch.distributed.broadcast_object_list(decision, src=0, group=self._group)
+        if decision[1] is not None:
+            raise UsageError(decision[1])
+        return decision[0]
 
     def by_first(self, is_first: bool, work: Callable[[], None]) -> None:
         """Done by the first rank while the others wait for it.
@@ -160,9 +218,45 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
 
 
+@contextlib.contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turn the failure of an exchange between processes into one line.
+
+    Raises:
+        RunFailed: another process is gone, or has not answered within --ddp_timeout.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, RunFailed) or not is_lost_process(error):
+            raise
+        raise RunFailed(
+            f"another process of the run {describe_loss(error)}; its own message says why, if its host could say it"
+        ) from error
+
+
+@contextlib.contextmanager
+def naming_unreachable_processes() -> Iterator[None]:
+    """The same where the processes meet.
+
+    Raises:
+        RunFailed: they do not reach each other.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise RunFailed(
+            f"the processes of the run do not reach each other ({_first_line(error)}): start the launcher on every "
+            "host, with the same --main_process_ip and port, and let the hosts connect to each other on any port; "
+            "where they have several networks name one, export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
+        ) from error
+
+
 def describe_loss(error: RuntimeError) -> str:
     """What a failed exchange says about the other process."""
-    reason = str(error).splitlines()[0]
+    reason = _first_line(error)
     if "timed out" in reason.lower():
         return f"has not answered within --ddp_timeout ({reason})"
     return f"has ended ({reason})"
@@ -210,6 +304,14 @@ class SharedGradients:
         loss = self._packed[-1].clone()
         self.parameters[0].grad.add_(0.0 * loss)
         return loss
+
+    def clip(self, accelerator: Accelerator, max_norm: float) -> torch.Tensor:
+        """Scale the gradients down to this norm; the norm that they had."""
+        return accelerator.clip_grad_norm_(self.parameters, max_norm)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def choose_loading_processes(asked: int, device: torch.device) -> int:

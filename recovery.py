@@ -15,7 +15,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from audio import SAMPLE_RATE_HZ
 from data import Batch
 from errors import RunFailed, UsageError
-from processes import describe_loss, is_lost_process
+from processes import naming_lost_processes
 
 Result = TypeVar("Result")
 # What Accelerate's list lacks: libraries that fail to get their workspace.
@@ -120,13 +120,12 @@ def failing_by_name(remedy: str) -> Iterator[None]:
         RunFailed: for a damaged clip, a lost process, and memory that ran out.
     """
     try:
-        yield
+        with naming_lost_processes():
+            yield
     except UsageError as error:
         # DataLoader puts the trace of its worker before the message.
         raise RunFailed(str(error).strip().splitlines()[-1].removeprefix("errors.UsageError: ")) from error
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, RunFailed) and is_lost_process(error):
-            raise RunFailed(f"another process of the run {describe_loss(error)}; its own message says why") from error
         if isinstance(error, RunFailed) or not is_out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0]

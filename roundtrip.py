@@ -128,14 +128,18 @@ def write_probe(path: Path, loaded: "LoadedModel", collate: "Collator", utteranc
     write_atomically(path, save(tensors, metadata=facts))
 
 
-def check_written(folder: Path, loaded: "LoadedModel") -> None:
+def check_written(folder: Path, weights: "Mapping[str, torch.Tensor]") -> None:
     """The cheap check: every byte of the weights reads back, and the tokenizer has the size of the head.
+
+    Args:
+        folder: a saved model.
+        weights: those in memory.
 
     Raises:
         RunFailed: not so.
     """
-    check_tensors(folder / "model.safetensors", loaded.model.hf.state_dict())
-    size, outputs = len(Wav2Vec2CTCTokenizer.from_pretrained(folder)), len(loaded.model.hf.lm_head.weight)
+    check_tensors(folder / "model.safetensors", weights)
+    size, outputs = len(Wav2Vec2CTCTokenizer.from_pretrained(folder)), len(weights["lm_head.weight"])
     if size != outputs:
         raise RunFailed(f"{folder}: its tokenizer has {size} tokens and the head {outputs} outputs")
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -34,6 +35,7 @@ from clock import PHASE_COLUMNS, PHASES, Clock, Work, seconds_left
 from config import TrainConfig, write_config
 from data import ShardDataset
 from errors import RunFailed, Stopped, UsageError
+from hosts import check_same
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
@@ -45,6 +47,7 @@ from recovery import Cuts
 from schedule import learning_rate_at
 from scoring import Evaluation, describe_limits, rates
 from selection import draw_subset
+from sharding import gather_tensors, load_weights, weights_of, whole
 from slices import Breakdown, describe_slice
 from stopping import StopSignals
 from text import RULES_FILE
@@ -63,6 +66,8 @@ LARGE_EVALUATION = 0.25
 MIN_EVALUATION = 50
 # Of the clips of eval_samples.csv, the shortest, for the check of a saved model.
 PROBE_CLIPS = 3
+# Of `choose_beginning`; no checkpoint has this name.
+FINISHED = "finished"
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
@@ -122,7 +127,9 @@ class Run(Assembly):
         self._started_at = time.monotonic()
         super().__init__(config, accelerator)
         self.folder = Path(config.output_dir)
-        self.state = RunState(self.utterances_per_update, self._identity())
+        identity = self._identity()
+        check_same(self.status, identity, "give every host the same data, model and list of what to leave out")
+        self.state = RunState(self.utterances_per_update, identity)
         if config.resume_from_checkpoint is not None:
             self._read_checkpoint()
         self.plan_updates(self.state.utterances_per_update)
@@ -231,15 +238,12 @@ class Run(Assembly):
             print(f"resuming anyway, although different in {', '.join(was)}", flush=True)
 
     def _find_checkpoint(self) -> Path:
-        """The first rank mends an interrupted swap and says what it skips, before the others look."""
-        if not self.is_main:
-            self.accelerator.wait_for_everyone()
-        try:
-            report = print if self.is_main else lambda _: None
-            return checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint, report)
-        finally:
-            if self.is_main:
-                self.accelerator.wait_for_everyone()
+        """The first rank mends an interrupted swap, checks every byte and says what it skips; the others take it."""
+
+        def find() -> str:
+            return checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint).name
+
+        return self.folder / "checkpoints" / self.status.decide_first(self.is_main, find)
 
     def _resume(self) -> None:
         """Weights, optimizer and scaler of the checkpoint; the log is cut back to its length."""
@@ -251,9 +255,8 @@ class Run(Assembly):
                 "or train into another --output_dir"
             )
         tensors, saved = checkpoint.load_checkpoint(self.checkpoint)
-        self.model.hf.load_state_dict(
-            {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-        )
+        weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+        load_weights(self.model, weights)
         checkpoint.restore_optimizer(self.model, self.optimizer.optimizer, tensors, saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -470,7 +473,9 @@ class Run(Assembly):
             self.state.best_eval_limits = [values[name] for name in LIMITS if name in values]
             self.state.best_eval_cer = score.cer
             with self.clock.phase("save"):
-                self.status.by_first(self.is_main, self._save_best)
+                weights = self._gather_weights()
+                with whole(self.model):
+                    self.status.by_first(self.is_main, lambda: self._save_best(weights))
             if self._opened_step is None:  # on every rank: they must agree on what is still to be done
                 self._opened_step = self.state.best_step
 
@@ -500,13 +505,14 @@ class Run(Assembly):
         state.pending_seconds = self.clock.read()
         state.elapsed_seconds = self._elapsed_seconds()
         self._started_at = time.monotonic()
+        moments, optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer.optimizer)
+        weights, moments = self._gather_weights(), gather_tensors(moments, self.is_main)
         if self.is_main:
             state.log_bytes, state.sample_bytes = self.log.length_bytes, self.samples.length_bytes
             state.slice_bytes = self.slices.length_bytes
             path = self._bad_batches_path
             state.bad_batch_bytes = path.stat().st_size if path.exists() else 0
-            tensors = {f"model/{name}": value for name, value in self.model.hf.state_dict().items()}
-            moments, optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer.optimizer)
+            tensors = {f"model/{name}": value for name, value in weights.items()}
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             facts = {"run": asdict(state), "optimizer": optimizer, "scaler": scaler}
             checkpoint.save_checkpoint(self.folder, state.step, tensors | moments, facts)
@@ -542,7 +548,7 @@ class Run(Assembly):
         self.accelerator.wait_for_everyone()
         path = self.folder / "model" / "model.safetensors"
         try:
-            self.model.hf.load_state_dict(load_file(path))
+            load_weights(self.model, load_file(path))
         except (OSError, SafetensorError) as error:
             raise RunFailed(
                 f"{path} cannot be read as weights ({error}): put the file of step {self.state.best_step} back, or "
@@ -556,7 +562,8 @@ class Run(Assembly):
             RunFailed: it is not what was saved.
         """
         if self._opened_step != self.state.best_step:
-            self.status.by_first(self.is_main, self._open_best)
+            with whole(self.model):
+                self.status.by_first(self.is_main, self._open_best)
 
     def write_results(self, results: dict[str, object]) -> None:
         """`train_results.json`, the mark of a finished run."""
@@ -651,14 +658,18 @@ class Run(Assembly):
         values["state"], lines = diagnosis.remark([*history, {"step": self.state.step, **values}], facts)
         return lines
 
-    def _save_best(self) -> None:
+    def _gather_weights(self) -> dict[str, torch.Tensor]:
+        """Of the model by Hugging Face's names; on the first rank only, and asked for by all."""
+        return gather_tensors(weights_of(self.model), self.is_main)
+
+    def _save_best(self, weights: dict[str, torch.Tensor]) -> None:
         """`model/`, unless what was written is not what was trained: that stays in model.rejected."""
         temporary, is_first = self.folder / "model.new", self._opened_step is None
         shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        num_bytes = sum(value.nbytes for value in self.model.hf.state_dict().values())
+        num_bytes = sum(value.nbytes for value in weights.values())
         with reporting_disk_errors(self.folder / "model", num_bytes):
             try:
-                save_model(self.loaded, temporary)
+                save_model(self.loaded, temporary, weights)
                 rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
                 text = json.dumps(rules, ensure_ascii=False, indent=1)
                 (temporary / RULES_FILE).write_text(text, encoding="utf-8")
@@ -671,7 +682,7 @@ class Run(Assembly):
                 shutil.rmtree(temporary, ignore_errors=True)  # The next checkpoint may need the room.
                 raise
         try:
-            roundtrip.check_written(temporary, self.loaded)
+            roundtrip.check_written(temporary, weights)
             if is_first:
                 self._check_opening(temporary)
         except RunFailed as error:
@@ -716,26 +727,26 @@ def _describe_config(hf_config: object) -> dict[str, object]:
     }
 
 
-def choose_beginning(config: TrainConfig) -> TrainConfig | None:
-    """The settings with `auto` decided: `last` where there is a checkpoint, else a fresh start.
+def choose_beginning(config: TrainConfig) -> str | None:
+    """What to resume from, with `auto` decided: `last` where there is a checkpoint, else None, a fresh start.
 
     A new run needs a folder of its own, and `auto` may also begin again where a run was killed before its first
-    checkpoint. None when `auto` finds the run finished.
+    checkpoint. FINISHED when `auto` finds the run finished.
 
     Raises:
         UsageError: --output_dir holds a run (with the command that resumes it) or anything else.
     """
     folder, which = Path(config.output_dir), config.resume_from_checkpoint
     if which not in (None, "auto"):
-        return config
+        return which
     if which == "auto":
         if (folder / "train_results.json").is_file():
-            return None
+            return FINISHED
         if checkpoint.has_checkpoints(folder):
-            return replace(config, resume_from_checkpoint="last")
+            return "last"
     if folder.exists():
         _refuse_occupied(folder, is_auto=which == "auto")
-    return replace(config, resume_from_checkpoint=None)
+    return None
 
 
 def _refuse_occupied(folder: Path, is_auto: bool) -> None:

@@ -30,13 +30,15 @@ from audio import SAMPLE_RATE_HZ
 from clock import describe_cost
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
-from processes import start_processes
+from hosts import check_hosts_agree, check_shared_folder
+from processes import RankStatus, naming_lost_processes, start_processes
 from progress import Progress, format_seconds
 from recovery import failing_by_name
-from run import Run, choose_beginning
+from run import FINISHED, Run, choose_beginning
 from runlog import report_line
 from schedule import learning_rate_at
 from scoring import OTHER_IS_OUT_OF_MEMORY, Evaluation, describe_limits, evaluate, rates, score_in_cuts
+from sharding import whole
 from slices import describe_slice
 from stopping import end_loaders
 
@@ -53,23 +55,38 @@ def main() -> None:
     """Parse, set up, train, sum up."""
     arguments = sys.argv[1:] or ["--config", str(DEMO_CONFIG)]
     config = parse_arguments(TrainConfig, arguments, __doc__)
-    accelerator = start_processes(config.report_to, config.output_dir, config.ddp_timeout)
+    accelerator = start_processes(config.report_to, config.output_dir, config.ddp_timeout, may_shard=True)
     try:
-        chosen = choose_beginning(config)
-        if chosen is None:
-            if accelerator.is_main_process:
-                print(f"finished already: {config.output_dir} holds train_results.json and model/")
-            return
-        config = chosen
-        if config.demo_corpus:
-            prepare_demo(config, accelerator)
-        run = Run(config, accelerator)
+        with naming_lost_processes():
+            chosen = begin(config, accelerator)
+            if chosen is None:
+                return
+            run = Run(chosen, accelerator)
         with failing_by_name(OUT_OF_MEMORY_REMEDY), run.stop:
             train(run)
             finish(run)
     finally:
         end_loaders()
         accelerator.end_training()
+
+
+def begin(config: TrainConfig, accelerator: Accelerator) -> TrainConfig | None:
+    """The settings with what is resumed decided, and the demo's data made; None for a run that is finished already.
+
+    Raises:
+        UsageError: hosts that were started differently or do not share --output_dir; an occupied folder.
+    """
+    status, is_first = RankStatus(accelerator, config.ddp_timeout), accelerator.is_main_process
+    check_hosts_agree(status, config)
+    check_shared_folder(status, is_first, Path(config.output_dir))
+    which = status.decide_first(is_first, lambda: choose_beginning(config))
+    if which == FINISHED:
+        if is_first:
+            print(f"finished already: {config.output_dir} holds train_results.json and model/")
+        return None
+    if config.demo_corpus:
+        prepare_demo(config, accelerator)
+    return dataclasses.replace(config, resume_from_checkpoint=which)
 
 
 def train(run: Run) -> None:
@@ -130,7 +147,7 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
     with run.clock.phase("communication"):
         loss = run.gradients.sum_over_processes(accelerator, loss_sum / update.num_labels)
     loss_sum += 0.0 * loss  # NaN on every rank where it is on one
-    grad_norm = accelerator.clip_grad_norm_(run.gradients.parameters, config.max_grad_norm)
+    grad_norm = run.gradients.clip(accelerator, config.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate_at(
             update.step, config.lr_scheduler_type, config.learning_rate, config.warmup_steps, run.total_steps
@@ -156,7 +173,7 @@ def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Te
     while True:
         if losses is None:
             try:
-                losses = run.cuts.attempt(lambda: pass_micro_batches(run, update))
+                losses = try_update(run, update)
             except RunFailed as error:
                 failure = error
         own_status = GIVES_UP if failure else TRIES_AGAIN if losses is None else DONE
@@ -166,6 +183,18 @@ def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Te
             raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
         if status == DONE:
             return losses
+
+
+def try_update(run: Run, update: Update) -> list[tuple[Batch, torch.Tensor]] | None:
+    """The update's passes, or None when memory ran out and smaller cuts may do."""
+    if not run.is_sharded:
+        return run.cuts.attempt(lambda: pass_micro_batches(run, update))
+    # No second try: the others wait in the midst of a pass for this process, whose passes must be theirs.
+    (most,) = run.status.worst(len(update.micro_batches))
+    losses = pass_micro_batches(run, update)
+    for _ in range(most - len(losses)):
+        run.pass_nothing()
+    return losses
 
 
 def pass_micro_batches(run: Run, update: Update) -> list[tuple[Batch, torch.Tensor]]:
@@ -190,13 +219,15 @@ def evaluate_and_log(run: Run, progress: Progress) -> None:
     started_at = time.perf_counter()
     evaluation = score(run, run.eval_set, run.eval_rows, "evaluating")
     with run.clock.phase("evaluation"):
-        run.log_evaluation(evaluation, started_at, transcribe_samples(run), progress)
+        with whole(run.model):
+            samples = transcribe_samples(run)
+        run.log_evaluation(evaluation, started_at, samples, progress)
     run.meter.start()
 
 
 def score(run: Run, dataset: ShardDataset, rows: np.ndarray, description: str) -> Evaluation:
     """`scoring.evaluate` on the run's clock."""
-    with run.clock.phase("evaluation"):
+    with run.clock.phase("evaluation"), whole(run.model):
         evaluation = evaluate(run, dataset, rows, description)
     run.work_done.eval_seconds += float(dataset.num_samples[rows].sum(dtype=np.int64)) / SAMPLE_RATE_HZ
     return evaluation

@@ -5,6 +5,7 @@ asked for, each of which runs train.py's `main` as the launcher would (importing
 real launcher is tested at the end.
 """
 
+import contextlib
 import csv
 import gc
 import importlib
@@ -18,8 +19,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,9 @@ from conftest import (
     make_rows,
     write_recipe,
 )
+from test_prepare import write_corpus
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import decoding
 import roundtrip
@@ -42,6 +46,7 @@ from clock import PHASE_COLUMNS
 
 SECONDS_FOR_A_RUN = 120
 HANG_SECONDS = 12
+OUTPUT_FLAGS = {"train": "output_dir", "evaluate": "output_dir", "prepare": "data_dir"}
 # What a run imports, some of it late: once for all ranks.
 COSTLY_MODULES = (
     "train", "torch._dynamo", "transformers.models.wav2vec2.modeling_wav2vec2", "transformers.pipelines", "pandas",
@@ -85,16 +90,36 @@ def _fork_rank(rank: int, request: dict) -> int:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(request["num_processes"]),
         "LOCAL_WORLD_SIZE": str(request["num_processes"]), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(request["port"]), "ACCELERATE_MIXED_PRECISION": "no",
+        **request["launcher"],
     }  # fmt: skip
     sys.argv = [f"{request['program']}.py", *request["arguments"]]
-    if request["program"] == "evaluate":
-        import evaluate
+    failure = request["failure"] if request["failure"] and request["failure"]["rank"] == rank else None
+    if request["program"] == "prepare":
+        _note_parts(folder / f"rank_{rank}.parts", failure)
+    if request["program"] != "train":
         from errors import exit_status
 
-        sys.exit(exit_status(evaluate.main))
+        sys.exit(exit_status(importlib.import_module(request["program"]).main))
     # The interpreter ends as it does for a user: that is where processes without end_training abort (trap 8).
-    failure = request["failure"] if request["failure"] and request["failure"]["rank"] == rank else None
-    sys.exit(_run_rank(folder / f"rank_{rank}.pt", request["stop_at"], failure))
+    sys.exit(_run_rank(folder / f"rank_{rank}.pt", request["stop_at"], failure, request["counts_exchanges"]))
+
+
+def _note_parts(path: Path, failure: dict | None) -> None:
+    """Write down which parts this rank makes; a failure ends it in the midst of its part of that number."""
+    import prepare
+
+    original = prepare.new_part
+
+    @contextlib.contextmanager
+    def new_part(folder: Path) -> Iterator[Path]:
+        with original(folder) as unfinished:
+            with path.open("a") as file:
+                file.write(f"{folder.parent.name}/{folder.name}\n")
+            yield unfinished
+            if failure and len(path.read_text().splitlines()) == failure["part"]:
+                os._exit(9)
+
+    prepare.new_part = new_part
 
 
 def _inject(failure: dict) -> None:
@@ -154,22 +179,51 @@ def _run_out_of_memory(_: torch.Tensor) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
 
 
-def _run_rank(record_path: Path, stop_at: int | None, failure: dict | None) -> int:
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Exchanges(TorchDispatchMode):
+    """Notes every collective operation, and the passes between them, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: torch._ops.OpOverload, _: object, arguments: tuple = (), settings: dict | None = None
+    ) -> object:
+        if function.namespace == "c10d":
+            self.names.append(function._schema.name.removeprefix("c10d::"))
+        elif "ctc_loss" in function._schema.name:
+            self.names.append("backward" if "backward" in function._schema.name else "forward")
+        return function(*arguments, **(settings or {}))
+
+
+def _run_rank(record_path: Path, stop_at: int | None, failure: dict | None, counts_exchanges: bool) -> int:
     import scoring
     import train
     from errors import exit_status
 
     if failure:
         _inject(failure)
-    record: dict[str, list] = {"gradients": [], "trained": [], "scored": []}
+    record: dict[str, list] = {"gradients": [], "trained": [], "scored": [], "exchanges": []}
     train_step, evaluate, score_one = train.train_step, train.evaluate, scoring.score_one
     evaluating = []
 
     def recording_train_step(run: train.Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
         if run.state.step == stop_at:
             raise RuntimeError("the failure that the test asks for")
-        result = train_step(run, update)
-        record["gradients"].append(run.gradients.buffer.clone())
+        counter = Exchanges() if counts_exchanges else contextlib.nullcontext()
+        with counter:
+            result = train_step(run, update)
+        if counts_exchanges:
+            record["exchanges"].append(counter.names)
+        if run.is_sharded:
+            record["is_sharded"] = [all(isinstance(value, DTensor) for value in run.model.parameters())]
+        else:
+            record["gradients"].append(run.gradients.buffer.clone())
+        record["pieces"] = sum(_local(parameter).numel() for parameter in run.model.parameters())
         record["trained"].append([name for batch in update.micro_batches for name in batch.ids])
         return result
 
@@ -206,6 +260,8 @@ class Ranks:
     stderr: list[str]
     records: list[dict[str, list]]
     run_dir: Path
+    parts: list[list[str]] = field(default_factory=list)
+    """Of prepare.py: what each rank has begun."""
 
     def log(self) -> list[dict[str, str]]:
         return read_table(self.run_dir / "training_log.csv")
@@ -245,14 +301,16 @@ def run_ranks(server: subprocess.Popen, tmp_path: Path) -> Callable[..., Ranks]:
 
     def run(
         num_processes: int, name: str, *arguments: object, stop_at: int | None = None, failure: dict | None = None,
-        status: int = 0, program: str = "train",
+        status: int = 0, program: str = "train", counts_exchanges: bool = False,
+        launcher: Mapping[str, str] | None = None,
     ) -> Ranks:  # fmt: skip
         folder = tmp_path / f"ranks_{next(numbers)}"
         folder.mkdir()
         request = {
             "program": program, "num_processes": num_processes, "folder": str(folder), "port": free_port(),
-            "stop_at": stop_at, "failure": failure,
-            "arguments": [*map(str, arguments), "--output_dir", str(tmp_path / name)],
+            "stop_at": stop_at, "failure": failure, "counts_exchanges": counts_exchanges,
+            "launcher": launcher or {},
+            "arguments": [*map(str, arguments), f"--{OUTPUT_FLAGS[program]}", str(tmp_path / name)],
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
@@ -264,7 +322,9 @@ def run_ranks(server: subprocess.Popen, tmp_path: Path) -> Callable[..., Ranks]:
         assert stop_at is not None or statuses[0] == status, "\n".join(stderr)
         paths = [folder / f"rank_{rank}.pt" for rank in range(num_processes)]
         records = [torch.load(path, weights_only=True) for path in paths if path.exists()]
-        return Ranks(statuses, stdout, stderr, records, tmp_path / name)
+        notes = [folder / f"rank_{rank}.parts" for rank in range(num_processes)]
+        parts = [path.read_text().splitlines() if path.exists() else [] for path in notes]
+        return Ranks(statuses, stdout, stderr, records, tmp_path / name, parts)
 
     return run
 
@@ -363,6 +423,50 @@ def test_several_processes_do_what_one_does(
         facts = json.loads((several.run_dir / "environment.json").read_text())["launcher"]
         assert facts["num_processes"] == processes
     assert len({hypothesis for *_, hypothesis in one.scored()}) > 4
+
+
+def test_processes_exchange_once_per_update_behind_its_last_micro_batch(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Three micro-batches each: first how it went and who wants to stop, then all gradients with the loss."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=2,
+        do_predict=False,
+    )  # fmt: skip
+    found = run_ranks(2, "run", "--config", recipe, counts_exchanges=True)
+    full, short = ([record["exchanges"][step] for record in found.records] for step in range(2))
+    assert full == [[*["forward", "backward"] * 3, "allreduce_", "allreduce_"]] * 2
+    # The last update of the epoch is a single clip: one of the ranks has nothing to pass through the model.
+    assert sorted(short, key=len) == [["allreduce_"] * 2, ["forward", "backward", *["allreduce_"] * 2]]
+
+
+@pytest.mark.slow
+def test_checkpointing_a_frozen_encoder_and_dropped_layers_go_together(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Recomputing draws what was drawn, so nothing changes; no rank waits for a layer that another has dropped."""
+    model_config = TINY_MODEL | TALKATIVE | MASKS | {"num_hidden_layers": 3, "layerdrop": 0.5, "hidden_dropout": 0.2}
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=model_config, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, freeze_feature_encoder=True, max_steps=4, do_predict=False,
+    )  # fmt: skip
+    kept = run_ranks(2, "kept", "--config", recipe)
+    recomputed = run_ranks(2, "recomputed", "--config", recipe, "--gradient_checkpointing")
+    assert recomputed.statuses == [0, 0]
+    assert repeatable(recomputed) == repeatable(kept)
+    for ours, theirs in zip(recomputed.records, kept.records, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours["gradients"], theirs["gradients"], strict=True))
+    first, last = kept.state(4), recomputed.state(4)
+    frozen = [name for name in first if name.startswith("model/wav2vec2.feature_extractor")]
+    assert frozen
+    assert not any(name.startswith("optimizer.exp_avg.wav2vec2.feature_extractor") for name in last)
+    # Without the draws, which follow the cut, the checkpointed run of two is that of one.
+    still = ("--gradient_checkpointing", "--config", write_recipe(
+        tmp_path / "still.yaml", prepared, model_config=TINY_MODEL | MASKS | {"initializer_range": 0.1},
+        freeze_feature_encoder=True, max_steps=4, do_predict=False, per_device_train_batch_size=4, save_steps=4,
+    ))  # fmt: skip
+    one = run_ranks(1, "one", *still, "--per_device_train_batch_size", 8)
+    assert_same_training(run_ranks(2, "two", *still), one, steps=4)
 
 
 def test_resume_with_two_processes_is_invisible(
@@ -654,6 +758,47 @@ def test_promise_2_beam_search_by_two_processes_is_that_of_one(
     for own in results:
         del own["processes"], own["seconds_taken"], own["audio_seconds_per_second"], own["beam_processes"]
     assert results[0] == results[1]
+
+
+# --- prepare.py ----------------------------------------------------------------------------------------------------
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_parts_of_a_corpus(tmp_path: Path, run_ranks: Callable[..., Ranks]) -> None:
+    """Each part is made once, and the folder is that of one process byte for byte, ids that occur twice included."""
+    again = ("train3.wav,again,s1,train,x", "gone.wav,gone,s1,train,x")
+    corpus = write_corpus(tmp_path / "corpus", {"train": 11, "dev": 3, "test": 2}, again)
+    flags = ("--corpus", corpus, "--chunk_size", 3, "--num_workers", 1)
+    one, two = (run_ranks(count, f"by_{count}", *flags, program="prepare") for count in (1, 2))
+    assert two.statuses == [0, 0]
+    assert two.parts == [
+        ["train/part_1", "train/part_3", "train/part_5", "test/part_1"],
+        ["train/part_2", "train/part_4", "dev/part_1"],
+    ]
+    assert file_contents(one.run_dir) == file_contents(two.run_dir)
+    assert {row["reason"] for row in read_table(two.run_dir / "dropped.csv")} == {"duplicate_id", "missing"}
+    assert two.stdout[1] == two.stderr[1] == ""
+    assert two.stdout[0].count("rows left out") == 1
+
+    # A process that ends stops the others; what is finished stays, and one process does the rest.
+    failure = {"rank": 1, "part": 2}
+    stopped = run_ranks(2, "stopped", *flags, program="prepare", failure=failure, status=1)
+    assert stopped.statuses == [1, 9]
+    assert stopped.stderr[0].startswith("failed: another process of the run has ended (")
+    assert not (stopped.run_dir / "prepare.json").exists()
+    rest = run_ranks(1, "stopped", *flags, program="prepare")
+    assert rest.parts == [["train/part_4", "dev/part_1"]]
+    assert file_contents(rest.run_dir) == file_contents(one.run_dir)
+
+    # Another command may not work in the same folder, and all processes say no.
+    refused = run_ranks(2, "stopped", *flags[:-3], 4, program="prepare", status=2)
+    assert refused.statuses == [2, 2]
+    assert "was prepared with other settings: chunk_size 3 (now 4)" in refused.stderr[0]
+    assert refused.stderr[1] == ""
 
 
 # --- Asked to stop -------------------------------------------------------------------------------------------------

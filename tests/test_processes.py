@@ -87,6 +87,26 @@ def test_modes_that_the_loop_would_ignore_are_refused(
         start_processes([], "runs/x")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "FSDP with mixed precision fp16 is not supported"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "set fsdp_cpu_ram_efficient_loading: false"),
+        ({}, "asks for FSDP and one process: launch with --num_processes 2"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(
+    settings: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **settings}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        start_processes([], "runs/x", may_shard=True)
+    with pytest.raises(UsageError, match="asks for FSDP, which only training needs: launch this with --multi_gpu"):
+        start_processes([], "runs/x")
+
+
 def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerate leaves it out without a word."""
     monkeypatch.setattr(processes, "get_available_trackers", lambda: ["tensorboard"])

@@ -94,7 +94,7 @@ def save(loaded: LoadedModel, root: Path) -> tuple[Path, Path]:
 def test_every_family_opens_as_it_was_saved(fields: dict[str, Any], tmp_path: Path) -> None:
     loaded = tiny(fields | LOUD)
     folder, probe = save(loaded, tmp_path)
-    check_written(folder, loaded)
+    check_written(folder, loaded.model.hf.state_dict())
     assert check_in_this_process(folder, probe) == []
     written = load_file(probe)
     assert [len(written[f"audio.{clip}"]) for clip in range(3)] == [1_200, 2_500, 4_000]
@@ -121,7 +121,7 @@ def test_what_came_from_a_published_checkpoint_opens(
     settings = Settings(model_name_or_path=str(tmp_path / "published"), vocabulary="large_960h")
     loaded = load_model(settings, no_texts)
     folder, probe = save(loaded, tmp_path)
-    check_written(folder, loaded)
+    check_written(folder, loaded.model.hf.state_dict())
     assert check_in_this_process(folder, probe) == []
     assert load_file(folder / "model.safetensors").keys() == loaded.model.hf.state_dict().keys()
 
@@ -257,15 +257,15 @@ def test_what_was_written_is_compared_byte_for_byte(sound: tuple[Path, Path], tm
     """The cheap check: a weight that no probe hears, and a tokenizer of another size."""
     loaded = tiny({"model_type": "wav2vec2", **LAYER, **LOUD})
     folder = Path(shutil.copytree(sound[0], tmp_path / "model"))
-    check_written(folder, loaded)
+    check_written(folder, loaded.model.hf.state_dict())
     change_weights(folder, lambda tensors: tensors["wav2vec2.masked_spec_embed"][0].add_(1e-6))
     assert check_in_this_process(folder, sound[1]) == []
     with pytest.raises(RunFailed, match=r"model\.safetensors does not read back as it was written: check the disk"):
-        check_written(folder, loaded)
+        check_written(folder, loaded.model.hf.state_dict())
     shutil.copy(sound[0] / "model.safetensors", folder)
     add_token(folder)
     with pytest.raises(RunFailed, match="its tokenizer has 33 tokens and the head 32 outputs"):
-        check_written(folder, loaded)
+        check_written(folder, loaded.model.hf.state_dict())
 
 
 # --- The clean process ---------------------------------------------------------------------------------------------
@@ -383,8 +383,8 @@ def saves(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The weights of each save, as they were before any damage."""
     seen = []
 
-    def save_and_remember(loaded: LoadedModel, folder: Path) -> None:
-        save_model(loaded, folder)
+    def save_and_remember(loaded: LoadedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        save_model(loaded, folder, weights)
         seen.append((folder / "model.safetensors").read_bytes())
 
     monkeypatch.setattr(run_module, "save_model", save_and_remember)
@@ -408,8 +408,8 @@ def test_a_bad_save_ends_the_run_and_replaces_nothing(
     with pytest.MonkeyPatch.context() as patch:
         remembering = run_module.save_model
 
-        def save_and_damage(loaded: LoadedModel, folder: Path) -> None:
-            remembering(loaded, folder)
+        def save_and_damage(loaded: LoadedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+            remembering(loaded, folder, weights)
             if len(saves) == number:
                 damage(folder)
 

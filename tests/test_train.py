@@ -1286,8 +1286,8 @@ def cpu_scaler(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Runs that are made from here on have fp16's loss scaler, on the CPU (trap 30)."""
 
     def install(init_scale: float) -> None:
-        def start(*arguments: object) -> train.Accelerator:
-            accelerator = start_processes(*arguments)
+        def start(*arguments: object, **settings: object) -> train.Accelerator:
+            accelerator = start_processes(*arguments, **settings)
             accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
             return accelerator
@@ -1651,7 +1651,7 @@ def test_demo_in_small_runs_from_nothing(
     small = demo.DemoCorpus(num_train_clips=24, num_dev_clips=6, num_test_strings=4)
     make = demo.make_demo_corpus
     monkeypatch.setattr("prepare.make_demo_corpus", lambda folder: make(folder, small))
-    monkeypatch.setattr("prepare._num_workers", lambda _: 1)
+    monkeypatch.setattr("prepare._num_workers", lambda *_: 1)
     monkeypatch.setattr(train, "DEMO_CONFIG", tmp_path / "demo.yaml")
     monkeypatch.chdir(tmp_path)
     recipe = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
