@@ -4,7 +4,6 @@ What is shared decides what a WER means. Identical audio is left out of training
 by 64-bit hashes (195,000 of them collide once in a billion runs). N: training utterances.
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -187,7 +186,7 @@ def _compare_speakers(sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[st
     for known, scored in pairs:
         shared = _shared(speakers[known], speakers[scored])
         rows = _first_of_each(speakers[scored], shared.rows)[:max_examples]
-        examples = [_shortened(name) for name in _values_at(sets[scored].column("speaker"), rows)]
+        examples = [_shortened(name) for name in sets[scored].column("speaker", rows)]
         unknown = {split: int((~speakers[split].known).sum()) for split in (known, scored)}
         facts[f"{known}-{scored}"] = shared.facts() | {"examples": examples, "unknown": unknown}
         if known == "train":
@@ -254,12 +253,6 @@ def _count_repeated(audio: _Hashes) -> int:
 def _first_of_each(hashes: _Hashes, rows: np.ndarray) -> np.ndarray:
     """Of `rows` the first with each value, ascending."""
     return np.sort(rows[np.unique(hashes.values[rows], return_index=True)[1]])
-
-
-def _values_at(column: Iterator[str], rows: np.ndarray) -> list[str]:
-    wanted = set(rows.tolist())
-    last = max(wanted, default=-1)
-    return [value for row, value in enumerate(itertools.islice(column, last + 1)) if row in wanted]
 
 
 def _shortened(text: str) -> str:

@@ -128,30 +128,23 @@ def _makers(
         makers["snr"] = lambda: _by_edges("snr", dataset.numpy_column("snr_db")[rows], SNR_EDGES_DB, "dB")
     if trained is not None:
         makers["sentence_in_train"] = lambda: _by_membership(
-            "sentence_in_train", map(sentence_key, _values(dataset, "text", rows)), trained.sentences
+            "sentence_in_train", map(sentence_key, dataset.column("text", rows)), trained.sentences
         )
     if trained is not None and trained.speakers:
         makers["speaker_in_train"] = lambda: _by_membership(
-            "speaker_in_train", _values(dataset, "speaker", rows), trained.speakers
+            "speaker_in_train", dataset.column("speaker", rows), trained.speakers
         )
     for column in columns:
         if column not in OWN_COLUMNS:
             # What is known of the clip keeps its name when the corpus has a column of the same one.
             name = corpus_name(column, makers)
-            makers[name] = lambda name=name, column=column: _by_value(name, _values(dataset, column, rows), limit)
+            makers[name] = lambda name=name, column=column: _by_value(name, dataset.column(column, rows), limit)
     return makers
 
 
 def corpus_name(column: str, taken: Container[str]) -> str:
     """The name under which a column of the corpus is shown."""
     return f"corpus_{column}" if column in taken else column
-
-
-def _values(dataset: ShardDataset, name: str, rows: np.ndarray) -> Iterator[str]:
-    """A text column at `rows`."""
-    wanted = np.zeros(len(dataset), bool)
-    wanted[rows] = True
-    return (value for value, is_wanted in zip(dataset.column(name), wanted, strict=True) if is_wanted)
 
 
 def _by_value(name: str, values: Iterable[str], limit: int | None = None) -> Grouping | None:
@@ -231,7 +224,7 @@ class Breakdown:
     ) -> "Breakdown":
         """Of `rows` of a split; see `find_groupings`."""
         index: dict[str, int] = {"": -1}
-        speakers = (index.setdefault(value, len(index) - 1) for value in _values(dataset, "speaker", rows))
+        speakers = (index.setdefault(value, len(index) - 1) for value in dataset.column("speaker", rows))
         codes = np.fromiter(speakers, np.int32)
         return cls(find_groupings(dataset, rows, num_labels, trained, names), codes)
 
@@ -257,12 +250,12 @@ def draw_stratified(
     to one utterance.
     """
     generator = np.random.default_rng(seed)
-    strata = [generator.permutation(len(rows)), _by_value("speaker", _values(dataset, "speaker", rows)).codes]
+    strata = [generator.permutation(len(rows)), _by_value("speaker", dataset.column("speaker", rows)).codes]
     deciles = np.quantile(dataset.num_samples[rows], np.arange(0.1, 1.0, 0.1))
     strata.append(np.searchsorted(deciles, dataset.num_samples[rows]))
     if trained is not None:
         for column, members, key in (("text", trained.sentences, sentence_key), ("speaker", trained.speakers, str)):
-            strata.append(_by_membership(column, map(key, _values(dataset, column, rows)), members).codes)
+            strata.append(_by_membership(column, map(key, dataset.column(column, rows)), members).codes)
     order = np.lexsort(strata)  # The last one is the first to sort by.
     places = (np.arange(wanted) + generator.random()) * len(rows) / wanted
     return np.sort(rows[order[places.astype(np.int64)]])
