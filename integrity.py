@@ -83,22 +83,45 @@ def _seal(facts: dict) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def hash_index(index: "hashlib._Hash", batch: pa.RecordBatch) -> None:
-    """Add all columns but the audio, which has a checksum in each row. What counts is the values, not their layout."""
-    rows = len(batch)
-    for field, column in zip(batch.schema, batch.columns, strict=True):
-        if field.name == "audio":
-            continue
-        if column.null_count:
-            raise Damage(f"data.arrow: values of {field.name} are missing")
-        index.update(f"{field.name} {field.type} {rows}".encode())
-        if field.type == pa.string():
-            _, ends, characters = column.buffers()
-            ends = np.frombuffer(ends, np.int32, rows + 1)
-            index.update(ends)
-            index.update(memoryview(characters or b"")[: ends[-1]])
-        else:
-            index.update(numbers_of(column))
+class IndexHash:
+    """SHA-256 of all columns but the audio, which has a checksum in each row; of the values, not of their layout.
+
+    Args:
+        schema: of the record batches.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._sha256 = hashlib.sha256()
+        self._columns = [
+            (field.name, f"{field.name} {field.type} ", 0 if field.type == pa.string() else field.type.bit_width // 8)
+            for field in schema
+            if field.name != "audio"
+        ]
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """The next record batch; it may hold the audio or not.
+
+        Raises:
+            Damage: a value is missing.
+        """
+        rows, pieces, columns, audio = len(batch), [], batch.columns, batch.schema.get_field_index("audio")
+        if audio >= 0:
+            del columns[audio]
+        for (name, head, item_bytes), column in zip(self._columns, columns, strict=True):
+            if column.null_count:
+                raise Damage(f"data.arrow: values of {name} are missing")
+            pieces.append(f"{head}{rows}".encode())
+            buffers = column.buffers()
+            if item_bytes:
+                pieces.append(memoryview(buffers[1])[: rows * item_bytes])
+            else:
+                ends = memoryview(buffers[1]).cast("i")[: rows + 1]
+                pieces += [ends, memoryview(buffers[2] or b"")[: ends[rows]]]
+        self._sha256.update(b"".join(pieces))
+
+    def hexdigest(self) -> str:
+        """Of all batches so far."""
+        return self._sha256.hexdigest()
 
 
 def numbers_of(column: pa.Array) -> np.ndarray:
@@ -112,12 +135,13 @@ def checked_lengths(folder: Path) -> list[np.ndarray]:
     Raises:
         Damage: they do not.
     """
-    facts, index, lengths = read_sealed(folder / "part.json"), hashlib.sha256(), []
+    facts, lengths = read_sealed(folder / "part.json"), []
     _check_size(folder, facts)
     with damage_of_arrow(), open_index(folder / "data.arrow") as reader:
+        index = IndexHash(reader.schema)
         for position in range(reader.num_record_batches):
             batch = read_batch(reader, position)
-            hash_index(index, batch)
+            index.add(batch)
             # A view would keep the whole batch in memory, with room for its audio.
             lengths.append(numbers_of(batch.column("num_samples")).copy())
     if index.hexdigest() != facts["index_sha256"]:

@@ -5,16 +5,17 @@ by 64-bit hashes (195,000 of them collide once in a billion runs). N: training u
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from audio_checks import is_silent
 from cache import FactCache
-from corpora import SPLITS, sentence_key
+from corpora import SPLITS
 from data import ShardDataset
 from findings import Finding, Verdict, percent
+from identities import NONE, identities
 
 PAIRS = (("train", "dev"), ("train", "test"), ("dev", "test"))
 # One dev sentence in ten known from training moves a WER by more than most changes of a recipe do.
@@ -71,12 +72,13 @@ def find_overlap(sets: Mapping[str, ShardDataset], cache: FactCache | None = Non
 def _compare(sets: Mapping[str, ShardDataset], max_examples: int) -> dict[str, np.ndarray]:
     """The findings as JSON, and for each other split the row with the same audio as a training row, or NO_ROW, [N]."""
     pairs = [(known, scored) for known, scored in PAIRS if known in sets and scored in sets]
-    audio = {split: _hashes(dataset.column("audio_sha256"), ~is_silent(dataset)) for split, dataset in sets.items()}
+    who = {split: identities(dataset) for split, dataset in sets.items()}
+    audio = {split: _Hashes(who[split].clips, ~is_silent(dataset)) for split, dataset in sets.items()}
     twins = {f"twin_in_{split}": _twins(audio["train"], audio[split]) for split in sets if split != "train"}
     num_leaked = int(np.any([twin_N != NO_ROW for twin_N in twins.values()], axis=0).sum()) if twins else 0
     findings = [
-        _compare_sentences(sets, pairs, max_examples),
-        _compare_speakers(sets, pairs, max_examples),
+        _compare_sentences(sets, pairs, {split: _given(one.sentences) for split, one in who.items()}, max_examples),
+        _compare_speakers(sets, pairs, {split: _given(one.speakers) for split, one in who.items()}, max_examples),
         _compare_audio(sets, pairs, audio, num_leaked, max_examples),
     ]
     return {"findings": np.asarray(json.dumps([asdict(finding) for finding in findings])), **twins}
@@ -111,10 +113,8 @@ class _Shared:
         return {"utterances": len(self.rows), "share": self.share, "values": self.num_values}
 
 
-def _hashes(values: Iterator[str], known: np.ndarray | None = None) -> _Hashes:
-    """Python's own 64-bit hash, which no other process needs to give; "" is 0."""
-    hashes = np.fromiter(map(hash, values), np.int64)
-    return _Hashes(hashes, hashes != hash("") if known is None else known)
+def _given(values: np.ndarray) -> _Hashes:
+    return _Hashes(values, values != NONE)
 
 
 def _shared(known: _Hashes, scored: _Hashes) -> _Shared:
@@ -146,9 +146,8 @@ def _naming_twin(sets: Mapping[str, ShardDataset], split: str, twin_N: np.ndarra
 
 
 def _compare_sentences(
-    sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[str, str]], max_examples: int
+    sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[str, str]], keys: Mapping[str, _Hashes], max_examples: int
 ) -> Finding:
-    keys = {split: _hashes(map(sentence_key, dataset.column("text"))) for split, dataset in sets.items()}
     closed = len(keys["train"].of_known) >= CLOSED_SET_REPEATS * max(len(np.unique(keys["train"].of_known)), 1)
     facts, said, worst = {}, [], 0.0
     for known, scored in pairs:
@@ -180,8 +179,12 @@ def _sentences_said(shared: _Shared, scored: str, examples: list[str], closed: b
     return f"{counts} ({named}): on these the {scored} WER says how well the model repeats known sentences"
 
 
-def _compare_speakers(sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[str, str]], max_examples: int) -> Finding:
-    speakers = {split: _hashes(dataset.column("speaker")) for split, dataset in sets.items()}
+def _compare_speakers(
+    sets: Mapping[str, ShardDataset],
+    pairs: Sequence[tuple[str, str]],
+    speakers: Mapping[str, _Hashes],
+    max_examples: int,
+) -> Finding:
     facts, said = {}, []
     for known, scored in pairs:
         shared = _shared(speakers[known], speakers[scored])

@@ -13,9 +13,9 @@ from statistics import NormalDist
 import numpy as np
 
 from audio import SAMPLE_RATE_HZ
-from corpora import sentence_key
 from data import ShardDataset
 from errors import UsageError
+from identities import NONE, identities
 from intervals import CONFIDENCE, Interval, rate_interval
 from result_layout import MAX_GROUPS, MIN_UTTERANCES
 from shards import part_schema
@@ -69,18 +69,17 @@ class Slice:
 
 @dataclass(frozen=True)
 class Trained:
-    """Hashes of the speakers and sentences that a model has been trained on."""
+    """The speakers and sentences that a model has been trained on, as `identities` counts them, each once."""
 
-    speakers: frozenset[int]
-    sentences: frozenset[int]
+    speakers: np.ndarray
+    sentences: np.ndarray
 
     @classmethod
     def of(cls, dataset: ShardDataset, is_trained: np.ndarray | None = None) -> "Trained":
         """Those of a training split, or of the rows of it that `is_trained` marks, bool [N]."""
-        kept = np.ones(len(dataset), bool) if is_trained is None else is_trained
-        speakers = {hash(value) for value, keep in zip(dataset.column("speaker"), kept, strict=True) if keep and value}
-        sentences = {hash(sentence_key(t)) for t, keep in zip(dataset.column("text"), kept, strict=True) if keep}
-        return cls(frozenset(speakers), frozenset(sentences))
+        kept, who = slice(None) if is_trained is None else is_trained, identities(dataset)
+        speakers, sentences = np.unique(who.speakers[kept]), np.unique(who.sentences[kept])
+        return cls(speakers[speakers != NONE], sentences[sentences != NONE])
 
 
 def find_groupings(
@@ -128,11 +127,11 @@ def _makers(
         makers["snr"] = lambda: _by_edges("snr", dataset.numpy_column("snr_db")[rows], SNR_EDGES_DB, "dB")
     if trained is not None:
         makers["sentence_in_train"] = lambda: _by_membership(
-            "sentence_in_train", map(sentence_key, dataset.column("text", rows)), trained.sentences
+            "sentence_in_train", identities(dataset).sentences[rows], trained.sentences
         )
-    if trained is not None and trained.speakers:
+    if trained is not None and len(trained.speakers):
         makers["speaker_in_train"] = lambda: _by_membership(
-            "speaker_in_train", dataset.column("speaker", rows), trained.speakers
+            "speaker_in_train", identities(dataset).speakers[rows], trained.speakers
         )
     for column in columns:
         if column not in OWN_COLUMNS:
@@ -166,10 +165,10 @@ def _by_value(name: str, values: Iterable[str], limit: int | None = None) -> Gro
     return Grouping(name, tuple(value or UNKNOWN for value in order), place[codes])
 
 
-def _by_membership(name: str, values: Iterable[str], members: frozenset[int]) -> Grouping:
-    """Two groups: also in the training data, or not; an empty value is neither."""
-    said = ((("yes" if hash(value) in members else "no") if value else "") for value in values)
-    return _by_value(name, said)
+def _by_membership(name: str, values: np.ndarray, members: np.ndarray) -> Grouping:
+    """Two groups: also in the training data, or not; where there is nothing to compare, neither."""
+    said = np.where(values == NONE, "", np.where(np.isin(values, members), "yes", "no"))
+    return _by_value(name, said.tolist())
 
 
 def _by_edges(name: str, values: np.ndarray, edges: Sequence[float], unit: str) -> Grouping:
@@ -254,8 +253,9 @@ def draw_stratified(
     deciles = np.quantile(dataset.num_samples[rows], np.arange(0.1, 1.0, 0.1))
     strata.append(np.searchsorted(deciles, dataset.num_samples[rows]))
     if trained is not None:
-        for column, members, key in (("text", trained.sentences, sentence_key), ("speaker", trained.speakers, str)):
-            strata.append(_by_membership(column, map(key, dataset.column(column, rows)), members).codes)
+        who = identities(dataset)
+        strata.append(_by_membership("sentence", who.sentences[rows], trained.sentences).codes)
+        strata.append(_by_membership("speaker", who.speakers[rows], trained.speakers).codes)
     order = np.lexsort(strata)  # The last one is the first to sort by.
     places = (np.arange(wanted) + generator.random()) * len(rows) / wanted
     return np.sort(rows[order[places.astype(np.int64)]])

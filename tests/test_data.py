@@ -35,7 +35,7 @@ from data import (
     training_loader,
 )
 from errors import UsageError
-from integrity import find_damage, hash_index, read_sealed, write_sealed
+from integrity import IndexHash, find_damage, read_sealed, write_sealed
 from model import num_frames
 from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer
 
@@ -139,7 +139,7 @@ def test_promise_6_the_index_of_200_000_rows_is_a_few_numpy_arrays(tmp_path: Pat
     part = tmp_path / "data" / "train" / "part_1"
     write_part(part, [])
     schema = pa.ipc.open_file(pa.py_buffer((part / "data.arrow").read_bytes())).schema
-    names, index = [f"clip {number}" for number in range(per_batch)], hashlib.sha256()
+    names, index = [f"clip {number}" for number in range(per_batch)], IndexHash(schema)
     one_sample = hashlib.sha256(bytes(2)).hexdigest()
     audio = pa.LargeListArray.from_arrays(pa.array(np.arange(per_batch + 1)), pa.array(np.zeros(per_batch, np.int16)))
     with pa.OSFile(str(part / "data.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -153,7 +153,7 @@ def test_promise_6_the_index_of_200_000_rows_is_a_few_numpy_arrays(tmp_path: Pat
                     filling = names[:rows] if field.type == pa.string() else np.zeros(rows)
                     columns[field.name] = pa.array(filling, field.type)
             batch = pa.record_batch(columns, schema=schema)
-            hash_index(index, batch)
+            index.add(batch)
             writer.write_batch(batch)
     edit_facts(part, data_bytes=(part / "data.arrow").stat().st_size, index_sha256=index.hexdigest())
 
