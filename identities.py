@@ -42,6 +42,19 @@ def identities(dataset: ShardDataset) -> Identities:
     return Identities(*(arrays[name] for name in names))
 
 
+def distinct(values: np.ndarray) -> np.ndarray:
+    """Each of `values` once, ascending. np.unique takes ten times as long where most of them differ."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate(([True], ordered[1:] != ordered[:-1]))] if len(ordered) else ordered
+
+
+def is_among(values: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Which of `values` are among `members` (distinct and ascending), bool of the same shape."""
+    if not len(members):
+        return np.zeros(values.shape, bool)
+    return members[np.minimum(np.searchsorted(members, values), len(members) - 1)] == values
+
+
 def _find(dataset: ShardDataset) -> dict[str, np.ndarray]:
     texts, sentences = dataset.column("text"), []
     while block := list(itertools.islice(texts, TEXTS_PER_BLOCK)):

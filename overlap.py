@@ -15,7 +15,7 @@ from cache import FactCache
 from corpora import SPLITS
 from data import ShardDataset
 from findings import Finding, Verdict, percent
-from identities import NONE, identities
+from identities import NONE, distinct, identities, is_among
 
 PAIRS = (("train", "dev"), ("train", "test"), ("dev", "test"))
 # One dev sentence in ten known from training moves a WER by more than most changes of a recipe do.
@@ -118,9 +118,9 @@ def _given(values: np.ndarray) -> _Hashes:
 
 
 def _shared(known: _Hashes, scored: _Hashes) -> _Shared:
-    rows = np.flatnonzero(scored.known & np.isin(scored.values, known.of_known))
-    distinct = len(np.unique(scored.of_known))
-    return _Shared(rows, len(np.unique(scored.values[rows])), distinct, len(scored.values))
+    rows = np.flatnonzero(scored.known & is_among(scored.values, distinct(known.of_known)))
+    num_values, num_of_all = len(distinct(scored.values[rows])), len(distinct(scored.of_known))
+    return _Shared(rows, num_values, num_of_all, len(scored.values))
 
 
 def _twins(train: _Hashes, scored: _Hashes) -> np.ndarray:
@@ -148,7 +148,7 @@ def _naming_twin(sets: Mapping[str, ShardDataset], split: str, twin_N: np.ndarra
 def _compare_sentences(
     sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[str, str]], keys: Mapping[str, _Hashes], max_examples: int
 ) -> Finding:
-    closed = len(keys["train"].of_known) >= CLOSED_SET_REPEATS * max(len(np.unique(keys["train"].of_known)), 1)
+    closed = len(keys["train"].of_known) >= CLOSED_SET_REPEATS * max(len(distinct(keys["train"].of_known)), 1)
     facts, said, worst = {}, [], 0.0
     for known, scored in pairs:
         shared = _shared(keys[known], keys[scored])
@@ -250,7 +250,7 @@ def _compare_audio(
 
 
 def _count_repeated(audio: _Hashes) -> int:
-    return len(audio.of_known) - len(np.unique(audio.of_known))
+    return len(audio.of_known) - len(distinct(audio.of_known))
 
 
 def _first_of_each(hashes: _Hashes, rows: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from audio import SAMPLE_RATE_HZ
 from data import ShardDataset
 from errors import UsageError
-from identities import NONE, identities
+from identities import NONE, distinct, identities, is_among
 from intervals import CONFIDENCE, Interval, rate_interval
 from result_layout import MAX_GROUPS, MIN_UTTERANCES
 from shards import part_schema
@@ -78,7 +78,7 @@ class Trained:
     def of(cls, dataset: ShardDataset, is_trained: np.ndarray | None = None) -> "Trained":
         """Those of a training split, or of the rows of it that `is_trained` marks, bool [N]."""
         kept, who = slice(None) if is_trained is None else is_trained, identities(dataset)
-        speakers, sentences = np.unique(who.speakers[kept]), np.unique(who.sentences[kept])
+        speakers, sentences = distinct(who.speakers[kept]), distinct(who.sentences[kept])
         return cls(speakers[speakers != NONE], sentences[sentences != NONE])
 
 
@@ -167,7 +167,7 @@ def _by_value(name: str, values: Iterable[str], limit: int | None = None) -> Gro
 
 def _by_membership(name: str, values: np.ndarray, members: np.ndarray) -> Grouping:
     """Two groups: also in the training data, or not; where there is nothing to compare, neither."""
-    said = np.where(values == NONE, "", np.where(np.isin(values, members), "yes", "no"))
+    said = np.where(values == NONE, "", np.where(is_among(values, members), "yes", "no"))
     return _by_value(name, said.tolist())
 
 
