@@ -2,9 +2,12 @@
 
 import hashlib
 import math
+import mmap
+import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -742,3 +745,49 @@ def test_has_utterances_tells_an_empty_or_absent_split(prepared: Path) -> None:
     shutil.rmtree(prepared / "dev")
     write_part(prepared / "dev" / "part_1", [])
     assert not has_utterances(prepared / "dev")
+
+
+@pytest.mark.parametrize("rows", [[], [0], [12], [2, 3, 7, 8, 9], list(range(13))])
+def test_a_column_at_some_rows_reads_their_batches_alone(
+    rows: list[int], prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, read, original = ShardDataset(prepared / "train"), [], data.read_batch
+    ids = list(dataset.column("id"))
+
+    def counted(reader: pa.ipc.RecordBatchFileReader, position: int) -> pa.RecordBatch:
+        read.append(position)
+        return original(reader, position)
+
+    monkeypatch.setattr(data, "read_batch", counted)
+    assert list(dataset.column("id", np.array(rows, np.int64))) == [ids[row] for row in rows]
+    # Three rows a batch, and a new part at row 8.
+    assert len(read) == len({(row >= 8, (row - 8 * (row >= 8)) // 3) for row in rows})
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="this system takes no advice about mapped memory")
+def test_a_clip_brings_its_own_pages_into_memory_and_not_its_batch(tmp_path: Path) -> None:
+    """Arrow's own mapping asks for all of a batch, here 131 MB for a clip of 0.5."""
+    count, seconds = 256, 16
+    noise = np.random.default_rng(0).integers(-99, 99, seconds * 16_000).astype(np.int16)
+    rows = [(f"u{number}", np.roll(noise, number), "A", "ann") for number in range(count)]
+    write_part(tmp_path / "data" / "train" / "part_1", rows, rows_per_batch=count)
+    path = tmp_path / "data" / "train" / "part_1" / "data.arrow"
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident_bytes(path) > 0.1 * path.stat().st_size:
+        pytest.skip("this file system does not let go of its pages")
+    dataset = ShardDataset(path.parents[1])
+    assert resident_bytes(path) < 0.1 * path.stat().st_size
+    before = resident_bytes(path)
+    assert len(dataset[120].audio) == len(noise)
+    # The clip, and around the three places of its ids and texts as much as the system reads ahead.
+    assert resident_bytes(path) - before < 0.1 * path.stat().st_size
+
+
+def resident_bytes(path: Path) -> int:
+    """Of a file, in the memory of the system."""
+    if shutil.which("fincore") is None:
+        pytest.skip("needs the program fincore")
+    shown = subprocess.run(["fincore", "--bytes", "--noheadings", "--output", "RES", path], capture_output=True)
+    return int(shown.stdout)
