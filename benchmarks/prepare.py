@@ -11,6 +11,7 @@ is the peak of the anonymous memory of all processes, the disk what the program 
 
 import argparse
 import csv
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -51,6 +52,8 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
+    if missing := [name for name in ("datasets", "torchcodec") if importlib.util.find_spec(name) is None]:
+        sys.exit(f"{' and '.join(missing)} not installed: pip install -e '.[bench]'")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         repeat_corpus(Path(arguments.corpus), folder / "corpus", arguments.clips)
