@@ -1,6 +1,6 @@
 """prepare.py against `datasets.map` on the same MP3 clips, and against decoding and resampling without any output.
 
-    python benchmarks/prepare.py --corpus ../shared/corpora/yo [--clips 1800] [--num_workers 1 2] [--repetitions 3]
+    python benchmarks/prepare.py --corpus ../shared/corpora/yo [--clips 3600] [--num_workers 1 2] [--repetitions 3]
 
 The corpus is a Common Voice release, whose clips are repeated under other names. The other side does what transformers'
 run_speech_recognition_ctc.py does: the audio column cast to 16 kHz, `map` with feature extractor and tokenizer, all
@@ -48,7 +48,7 @@ def main() -> None:
     """Print a table per number of workers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", default=str(REPOSITORY.parent / "shared" / "corpora" / "yo"))
-    parser.add_argument("--clips", type=int, default=1_800)
+    parser.add_argument("--clips", type=int, default=3_600)
     parser.add_argument("--num_workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
