@@ -16,7 +16,7 @@ import math
 import os
 import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -219,6 +219,15 @@ def sentence_key(text: str) -> str:
     return " ".join(folded.translate(_LETTERS_MARKS_NUMBERS).split())
 
 
+def sentence_keys(texts: Sequence[str]) -> list[str]:
+    """`sentence_key` of each, several times as fast: each step is taken once for all of them."""
+    block = "\n".join(texts)
+    if block.count("\n") != len(texts) - 1:
+        return [sentence_key(text) for text in texts]  # none, or one of several lines
+    folded = unicodedata.normalize("NFC", block).casefold()
+    return [" ".join(key.split()) for key in folded.translate(_AND_LINE_FEEDS).split("\n")]
+
+
 class _LettersMarksNumbers(dict[int, str]):
     """For str.translate: these stay, all else becomes a space. Filled as characters come: three times as fast."""
 
@@ -229,6 +238,7 @@ class _LettersMarksNumbers(dict[int, str]):
 
 
 _LETTERS_MARKS_NUMBERS = _LettersMarksNumbers()
+_AND_LINE_FEEDS = _LettersMarksNumbers({ord("\n"): "\n"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Does the vocabulary know the characters of the transcripts, and if not, which setting would mend it?"""
 
-import itertools
 import shlex
 import unicodedata
 from collections import Counter
@@ -140,9 +139,8 @@ def _remedy(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocab
 
 def _draw_texts(dataset: ShardDataset) -> list[str]:
     """TEXTS_TRIED transcripts, the same ones every time."""
-    chosen = np.zeros(len(dataset), bool)
-    chosen[np.random.default_rng(0).permutation(len(dataset))[:TEXTS_TRIED]] = True
-    return list(itertools.compress(dataset.column("text"), chosen))
+    chosen = np.random.default_rng(0).permutation(len(dataset))[:TEXTS_TRIED]
+    return list(dataset.column("text", np.sort(chosen)))
 
 
 def _describe_cases(normalizer: TextNormalizer, vocabulary: Vocabulary, unknown: Counter[str]) -> str:

@@ -9,8 +9,10 @@ resume changes the cuts and never the updates.
 
 import contextlib
 import hashlib
+import itertools
 import math
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +30,8 @@ from integrity import (
     check_audio,
     checked_lengths,
     damage_of_arrow,
+    numbers_of,
+    open_index,
     read_batch,
     read_sealed,
     refusing_other_schema,
@@ -69,21 +73,18 @@ class ShardDataset(Dataset):
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self._parts = _find_parts(self.folder)
-        self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
-        lengths, starts, owners, positions, row = [], [], [], [], 0
-        for part in range(len(self._parts)):
-            with _naming_damage(self._parts[part]):
-                columns = checked_lengths(self._parts[part])
-            for position, column in enumerate(columns):
-                lengths.append(column)
-                starts.append(row)
-                owners.append(part)
-                positions.append(position)
-                row += len(column)
-        if not row:
+        self._readers: dict[int, _MappedPart] = {}
+        lengths, owners, positions = [], [], []
+        for number, part in enumerate(self._parts):
+            with _naming_damage(part):
+                of_part = checked_lengths(part)
+            lengths += of_part
+            owners += [number] * len(of_part)
+            positions += range(len(of_part))
+        if not any(map(len, lengths)):
             raise UsageError(f"{self.folder} holds no utterance: {self.folder.parent / 'dropped.csv'} says why")
         self.num_samples = np.concatenate(lengths)
-        self._batch_starts = np.asarray(starts, np.int64)
+        self._batch_starts = np.cumsum([0, *map(len, lengths[:-1])], dtype=np.int64)
         self._batch_parts = np.asarray(owners, np.int32)
         self._batch_positions = np.asarray(positions, np.int32)
 
@@ -95,8 +96,10 @@ class ShardDataset(Dataset):
             raise IndexError(row)
         part, position, offset = self._locate(row)
         with _naming_damage(self._parts[part]):
-            batch = read_batch(self._reader(part), position)
+            mapped = self._mapped(part)
+            batch = read_batch(mapped.reader, position)
             samples, utterance_id = audio_of(batch, offset), batch.column("id")[offset].as_py()
+            mapped.fetch(samples)
             if not check_audio(samples, batch.column("audio_sha256")[offset].as_py()):
                 raise Damage(f"row {utterance_id} of data.arrow: its audio differs from its checksum")
             return Utterance(utterance_id, samples, batch.column("text")[offset].as_py())
@@ -113,7 +116,12 @@ class ShardDataset(Dataset):
     @property
     def column_names(self) -> list[str]:
         """Names of the columns, metadata of the corpus included."""
-        return _open_part(self._parts[0]).schema.names
+        return self._schema.names
+
+    @property
+    def _schema(self) -> pa.Schema:
+        with _naming_damage(self._parts[0]):
+            return self._mapped(0).reader.schema
 
     @cached_property
     def fingerprint(self) -> str:
@@ -124,41 +132,61 @@ class ShardDataset(Dataset):
                 checksums.append(read_sealed(part / "part.json")["sha256"])
         return hashlib.sha256("".join(checksums).encode()).hexdigest()
 
-    def column(self, name: str) -> Iterator[str]:
-        """The values of one column in row order, read batch by batch.
+    def column(self, name: str, rows: np.ndarray | None = None) -> Iterator[str]:
+        """The values of one column in row order, read batch by batch; of `rows` (ascending) alone where they are given.
 
         Raises:
             UsageError: when the corpus has no such column.
         """
-        for values in self._batches_of(name):
-            yield from values.to_pylist()
+        self._require_column(name)
+        rows = np.arange(len(self)) if rows is None else rows
+        bounds = np.append(np.searchsorted(rows, self._batch_starts), len(rows))
+        batches = np.flatnonzero(np.diff(bounds))
+        for batch, values in zip(batches, self._read(batches, (name,)), strict=True):
+            wanted = rows[bounds[batch] : bounds[batch + 1]] - self._batch_starts[batch]
+            column = values.column(0)
+            yield from (column if len(wanted) == len(column) else column.take(pa.array(wanted))).to_pylist()
 
     def numpy_column(self, name: str) -> np.ndarray:
-        """The values of a numeric column in row order, [N].
+        """The values of a numeric column in row order, [N]; not to be changed.
 
         Raises:
             UsageError: when the corpus has no such column.
         """
-        return np.concatenate([values.to_numpy() for values in self._batches_of(name)])
+        self._require_column(name)
+        return self._numbers[name]
 
-    def _batches_of(self, name: str) -> Iterator[pa.Array]:
+    @cached_property
+    def _numbers(self) -> dict[str, np.ndarray]:
+        """All numeric columns: one pass takes as long as reading one of them. 48 bytes of a row."""
+        batches = np.arange(len(self._batch_starts))
+        names = [field.name for field in self._schema if field.type in (pa.int32(), pa.float32())]
+        numbers = {name: np.empty(len(self), self._schema.field(name).type.to_pandas_dtype()) for name in names}
+        for start, batch in zip(self._batch_starts.tolist(), self._read(batches, names), strict=True):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                numbers[name][start : start + len(column)] = numbers_of(column)
+        return numbers
+
+    def _require_column(self, name: str) -> None:
         if name not in self.column_names:
             raise UsageError(f"{self.folder} has no column {name!r}; it has {', '.join(self.column_names)}")
-        for part in self._parts:
-            reader = _open_part(part, columns=(name,))
-            for position in range(reader.num_record_batches):
-                with _naming_damage(part):
-                    values = read_batch(reader, position).column(name)
-                yield values
+
+    def _read(self, batches: np.ndarray, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """These record batches, ascending, with these columns alone."""
+        for number, of_part in itertools.groupby(batches.tolist(), lambda batch: int(self._batch_parts[batch])):
+            part = self._parts[number]
+            with _naming_damage(part), open_index(part / "data.arrow", names) as reader:
+                for batch in of_part:
+                    yield read_batch(reader, int(self._batch_positions[batch]))
 
     def _locate(self, row: int) -> tuple[int, int, int]:
         """The part, its record batch and the place in it."""
         batch = int(np.searchsorted(self._batch_starts, row, side="right")) - 1
         return int(self._batch_parts[batch]), int(self._batch_positions[batch]), row - int(self._batch_starts[batch])
 
-    def _reader(self, part: int) -> pa.ipc.RecordBatchFileReader:
+    def _mapped(self, part: int) -> "_MappedPart":
         if part not in self._readers:
-            self._readers[part] = _open_part(self._parts[part])
+            self._readers[part] = _MappedPart(self._parts[part] / "data.arrow")
         return self._readers[part]
 
 
@@ -201,15 +229,27 @@ def _find_parts(folder: Path) -> list[Path]:
     return [folder / name for name in expected]
 
 
-def _open_part(part: Path, columns: tuple[str, ...] | None = None) -> pa.ipc.RecordBatchFileReader:
-    """Map `data.arrow`; with `columns`, only those are visible and touched."""
-    with _naming_damage(part):
-        source = pa.memory_map(str(part / "data.arrow"))
-        reader = pa.ipc.open_file(source)
-        if columns is None:
-            return reader
-        included = [reader.schema.names.index(name) for name in columns]
-        return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=included))
+class _MappedPart:
+    """A mapped data.arrow.
+
+    Mapped by Python and not by Arrow, which asks the system for all 16 MB of the batch that a clip is read from: with
+    a corpus beyond the memory a hundred times what training needs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        buffer = pa.py_buffer(self._pages)
+        self._address = buffer.address
+        self.reader = pa.ipc.open_file(pa.BufferReader(buffer))
+
+    def fetch(self, samples: np.ndarray) -> None:
+        """Ask the system for all pages of a clip at once, since it brings single ones where rows are read at random."""
+        if not len(samples) or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        begin = samples.ctypes.data - self._address
+        start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._pages.madvise(mmap.MADV_WILLNEED, start, begin + samples.nbytes - start)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from errors import UsageError, exit_status
 # isort: split
 
 import allocator  # noqa: F401 - before torch
+import collector  # before torch
 import launched  # noqa: F401 - before torch
 
 # isort: split
@@ -62,6 +63,8 @@ from scoring import Evaluation, evaluate, named_limits
 from side_by_side import BeamTexts, GreedyTexts, describe_reading, print_error_classes
 from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
 from stopping import end_loaders
+
+collector.wake()
 
 COMPARED_FOLDER, LM_FOLDER = "compared", "lm"
 OUT_OF_MEMORY_REMEDY = "lower --per_device_eval_batch_size, or set --max_batch_seconds"

@@ -4,18 +4,18 @@ What is shared decides what a WER means. Identical audio is left out of training
 by 64-bit hashes (195,000 of them collide once in a billion runs). N: training utterances.
 """
 
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from audio_checks import is_silent
 from cache import FactCache
-from corpora import SPLITS, sentence_key
+from corpora import SPLITS
 from data import ShardDataset
 from findings import Finding, Verdict, percent
+from identities import NONE, distinct, identities, is_among
 
 PAIRS = (("train", "dev"), ("train", "test"), ("dev", "test"))
 # One dev sentence in ten known from training moves a WER by more than most changes of a recipe do.
@@ -72,12 +72,13 @@ def find_overlap(sets: Mapping[str, ShardDataset], cache: FactCache | None = Non
 def _compare(sets: Mapping[str, ShardDataset], max_examples: int) -> dict[str, np.ndarray]:
     """The findings as JSON, and for each other split the row with the same audio as a training row, or NO_ROW, [N]."""
     pairs = [(known, scored) for known, scored in PAIRS if known in sets and scored in sets]
-    audio = {split: _hashes(dataset.column("audio_sha256"), ~is_silent(dataset)) for split, dataset in sets.items()}
+    who = {split: identities(dataset) for split, dataset in sets.items()}
+    audio = {split: _Hashes(who[split].clips, ~is_silent(dataset)) for split, dataset in sets.items()}
     twins = {f"twin_in_{split}": _twins(audio["train"], audio[split]) for split in sets if split != "train"}
     num_leaked = int(np.any([twin_N != NO_ROW for twin_N in twins.values()], axis=0).sum()) if twins else 0
     findings = [
-        _compare_sentences(sets, pairs, max_examples),
-        _compare_speakers(sets, pairs, max_examples),
+        _compare_sentences(sets, pairs, {split: _given(one.sentences) for split, one in who.items()}, max_examples),
+        _compare_speakers(sets, pairs, {split: _given(one.speakers) for split, one in who.items()}, max_examples),
         _compare_audio(sets, pairs, audio, num_leaked, max_examples),
     ]
     return {"findings": np.asarray(json.dumps([asdict(finding) for finding in findings])), **twins}
@@ -112,16 +113,14 @@ class _Shared:
         return {"utterances": len(self.rows), "share": self.share, "values": self.num_values}
 
 
-def _hashes(values: Iterator[str], known: np.ndarray | None = None) -> _Hashes:
-    """Python's own 64-bit hash, which no other process needs to give; "" is 0."""
-    hashes = np.fromiter(map(hash, values), np.int64)
-    return _Hashes(hashes, hashes != hash("") if known is None else known)
+def _given(values: np.ndarray) -> _Hashes:
+    return _Hashes(values, values != NONE)
 
 
 def _shared(known: _Hashes, scored: _Hashes) -> _Shared:
-    rows = np.flatnonzero(scored.known & np.isin(scored.values, known.of_known))
-    distinct = len(np.unique(scored.of_known))
-    return _Shared(rows, len(np.unique(scored.values[rows])), distinct, len(scored.values))
+    rows = np.flatnonzero(scored.known & is_among(scored.values, distinct(known.of_known)))
+    num_values, num_of_all = len(distinct(scored.values[rows])), len(distinct(scored.of_known))
+    return _Shared(rows, num_values, num_of_all, len(scored.values))
 
 
 def _twins(train: _Hashes, scored: _Hashes) -> np.ndarray:
@@ -147,10 +146,9 @@ def _naming_twin(sets: Mapping[str, ShardDataset], split: str, twin_N: np.ndarra
 
 
 def _compare_sentences(
-    sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[str, str]], max_examples: int
+    sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[str, str]], keys: Mapping[str, _Hashes], max_examples: int
 ) -> Finding:
-    keys = {split: _hashes(map(sentence_key, dataset.column("text"))) for split, dataset in sets.items()}
-    closed = len(keys["train"].of_known) >= CLOSED_SET_REPEATS * max(len(np.unique(keys["train"].of_known)), 1)
+    closed = len(keys["train"].of_known) >= CLOSED_SET_REPEATS * max(len(distinct(keys["train"].of_known)), 1)
     facts, said, worst = {}, [], 0.0
     for known, scored in pairs:
         shared = _shared(keys[known], keys[scored])
@@ -181,13 +179,17 @@ def _sentences_said(shared: _Shared, scored: str, examples: list[str], closed: b
     return f"{counts} ({named}): on these the {scored} WER says how well the model repeats known sentences"
 
 
-def _compare_speakers(sets: Mapping[str, ShardDataset], pairs: Sequence[tuple[str, str]], max_examples: int) -> Finding:
-    speakers = {split: _hashes(dataset.column("speaker")) for split, dataset in sets.items()}
+def _compare_speakers(
+    sets: Mapping[str, ShardDataset],
+    pairs: Sequence[tuple[str, str]],
+    speakers: Mapping[str, _Hashes],
+    max_examples: int,
+) -> Finding:
     facts, said = {}, []
     for known, scored in pairs:
         shared = _shared(speakers[known], speakers[scored])
         rows = _first_of_each(speakers[scored], shared.rows)[:max_examples]
-        examples = [_shortened(name) for name in _values_at(sets[scored].column("speaker"), rows)]
+        examples = [_shortened(name) for name in sets[scored].column("speaker", rows)]
         unknown = {split: int((~speakers[split].known).sum()) for split in (known, scored)}
         facts[f"{known}-{scored}"] = shared.facts() | {"examples": examples, "unknown": unknown}
         if known == "train":
@@ -248,18 +250,12 @@ def _compare_audio(
 
 
 def _count_repeated(audio: _Hashes) -> int:
-    return len(audio.of_known) - len(np.unique(audio.of_known))
+    return len(audio.of_known) - len(distinct(audio.of_known))
 
 
 def _first_of_each(hashes: _Hashes, rows: np.ndarray) -> np.ndarray:
     """Of `rows` the first with each value, ascending."""
     return np.sort(rows[np.unique(hashes.values[rows], return_index=True)[1]])
-
-
-def _values_at(column: Iterator[str], rows: np.ndarray) -> list[str]:
-    wanted = set(rows.tolist())
-    last = max(wanted, default=-1)
-    return [value for row, value in enumerate(itertools.islice(column, last + 1)) if row in wanted]
 
 
 def _shortened(text: str) -> str:

@@ -14,6 +14,7 @@ from errors import RunFailed, UsageError, exit_status
 # isort: split
 
 import allocator  # noqa: F401 - before torch
+import collector  # before torch
 import launched  # noqa: F401 - before torch
 
 # isort: split
@@ -62,6 +63,8 @@ from selection import COUNT_CHECK, write_drop_list, write_suspects
 
 if TYPE_CHECKING:
     from assembly import Assembly
+
+collector.wake()
 
 REPORT_FILES = ("preflight.json", "drop_list.csv", "suspects.csv")
 BYTES_PER_WEIGHT = 4

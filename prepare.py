@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute
 
 from atomic import DISK_FULL, disk_full, format_bytes, free_bytes, sync_open_file, write_atomically, write_table
@@ -49,7 +48,9 @@ from integrity import (
     checked_lengths,
     find_damage,
     hash_file,
+    open_index,
     part_folders,
+    read_batch,
     read_sealed,
     refusing_other_schema,
     sealed,
@@ -648,12 +649,11 @@ def _durations_and_speakers(out: Path, split: str) -> tuple[np.ndarray, int]:
     histogram = np.zeros(len(DURATION_EDGES_SECONDS), np.int64)
     speakers: set[str] = set()
     for folder in part_folders(out, split):
-        with pa.memory_map(str(folder / "data.arrow")) as source:
-            reader = pa.ipc.open_file(source)
+        with open_index(folder / "data.arrow", ("num_samples", "speaker")) as reader:
             for position in range(reader.num_record_batches):
-                batch = reader.get_batch(position)
+                batch = read_batch(reader, position)
                 histogram += np.histogram(batch.column("num_samples").to_numpy(), edges)[0]
-                speakers.update(pa.compute.unique(batch.column("speaker")).to_pylist())
+                speakers.update(pyarrow.compute.unique(batch.column("speaker")).to_pylist())
     return histogram, len(speakers - {""})
 
 

@@ -3,7 +3,6 @@
 N: utterances of the training split.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -166,7 +165,7 @@ def draw_subset(rows: np.ndarray, max_samples: int | None, seed: int) -> np.ndar
 
 def write_drop_list(path: Path, dataset: ShardDataset, selection: Selection) -> None:
     """`split,id,reason,detail` of every training utterance that the run leaves out, line by line."""
-    ids = itertools.compress(dataset.column("id"), selection.reasons)
+    ids = dataset.column("id", np.flatnonzero(selection.reasons))
     drops = ((reason, detail) for _, reason, detail in selection.dropped)
     _write_list(path, dataset, zip(ids, drops, strict=True))
 
@@ -174,8 +173,8 @@ def write_drop_list(path: Path, dataset: ShardDataset, selection: Selection) -> 
 def write_suspects(path: Path, dataset: ShardDataset, selection: Selection) -> None:
     """The same columns for every utterance with a suspect speaking rate, whether it trains or not."""
     detail = selection.details["suspect_rate"]
-    ids = itertools.compress(dataset.column("id"), selection.suspects)
     rows = np.flatnonzero(selection.suspects)
+    ids = dataset.column("id", rows)
     _write_list(path, dataset, ((i, ("suspect_rate", detail(row))) for i, row in zip(ids, rows, strict=True)))
 
 

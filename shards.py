@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from atomic import sync_folder
 from audio import SAMPLE_RATE_HZ, Measures
-from integrity import hash_index
+from integrity import IndexHash
 
 if TYPE_CHECKING:
     from audio import Clip
@@ -66,8 +66,8 @@ class PartWriter:
     def __init__(self, file: io.BufferedWriter, metadata_columns: list[str]) -> None:
         self._metadata_columns = metadata_columns
         self._sink = _HashingFile(file)
-        self._index = hashlib.sha256()
         self._schema = part_schema(metadata_columns)
+        self._index = IndexHash(self._schema)
         self._writer = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), self._schema)
         self._batch: list[tuple[SourceRow, Clip]] = []
         self._batch_samples = self._rows = self._samples = 0
@@ -110,7 +110,7 @@ class PartWriter:
             *(pa.array([row.metadata.get(name, "") for row in rows], pa.string()) for name in self._metadata_columns),
         ]
         batch = pa.record_batch(columns, schema=self._schema)
-        hash_index(self._index, batch)
+        self._index.add(batch)
         self._writer.write_batch(batch)
         self._rows += len(rows)
         self._samples += self._batch_samples

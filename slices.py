@@ -13,9 +13,9 @@ from statistics import NormalDist
 import numpy as np
 
 from audio import SAMPLE_RATE_HZ
-from corpora import sentence_key
 from data import ShardDataset
 from errors import UsageError
+from identities import NONE, distinct, identities, is_among
 from intervals import CONFIDENCE, Interval, rate_interval
 from result_layout import MAX_GROUPS, MIN_UTTERANCES
 from shards import part_schema
@@ -69,18 +69,17 @@ class Slice:
 
 @dataclass(frozen=True)
 class Trained:
-    """Hashes of the speakers and sentences that a model has been trained on."""
+    """The speakers and sentences that a model has been trained on, as `identities` counts them, each once."""
 
-    speakers: frozenset[int]
-    sentences: frozenset[int]
+    speakers: np.ndarray
+    sentences: np.ndarray
 
     @classmethod
     def of(cls, dataset: ShardDataset, is_trained: np.ndarray | None = None) -> "Trained":
         """Those of a training split, or of the rows of it that `is_trained` marks, bool [N]."""
-        kept = np.ones(len(dataset), bool) if is_trained is None else is_trained
-        speakers = {hash(value) for value, keep in zip(dataset.column("speaker"), kept, strict=True) if keep and value}
-        sentences = {hash(sentence_key(t)) for t, keep in zip(dataset.column("text"), kept, strict=True) if keep}
-        return cls(frozenset(speakers), frozenset(sentences))
+        kept, who = slice(None) if is_trained is None else is_trained, identities(dataset)
+        speakers, sentences = distinct(who.speakers[kept]), distinct(who.sentences[kept])
+        return cls(speakers[speakers != NONE], sentences[sentences != NONE])
 
 
 def find_groupings(
@@ -128,30 +127,23 @@ def _makers(
         makers["snr"] = lambda: _by_edges("snr", dataset.numpy_column("snr_db")[rows], SNR_EDGES_DB, "dB")
     if trained is not None:
         makers["sentence_in_train"] = lambda: _by_membership(
-            "sentence_in_train", map(sentence_key, _values(dataset, "text", rows)), trained.sentences
+            "sentence_in_train", identities(dataset).sentences[rows], trained.sentences
         )
-    if trained is not None and trained.speakers:
+    if trained is not None and len(trained.speakers):
         makers["speaker_in_train"] = lambda: _by_membership(
-            "speaker_in_train", _values(dataset, "speaker", rows), trained.speakers
+            "speaker_in_train", identities(dataset).speakers[rows], trained.speakers
         )
     for column in columns:
         if column not in OWN_COLUMNS:
             # What is known of the clip keeps its name when the corpus has a column of the same one.
             name = corpus_name(column, makers)
-            makers[name] = lambda name=name, column=column: _by_value(name, _values(dataset, column, rows), limit)
+            makers[name] = lambda name=name, column=column: _by_value(name, dataset.column(column, rows), limit)
     return makers
 
 
 def corpus_name(column: str, taken: Container[str]) -> str:
     """The name under which a column of the corpus is shown."""
     return f"corpus_{column}" if column in taken else column
-
-
-def _values(dataset: ShardDataset, name: str, rows: np.ndarray) -> Iterator[str]:
-    """A text column at `rows`."""
-    wanted = np.zeros(len(dataset), bool)
-    wanted[rows] = True
-    return (value for value, is_wanted in zip(dataset.column(name), wanted, strict=True) if is_wanted)
 
 
 def _by_value(name: str, values: Iterable[str], limit: int | None = None) -> Grouping | None:
@@ -173,10 +165,10 @@ def _by_value(name: str, values: Iterable[str], limit: int | None = None) -> Gro
     return Grouping(name, tuple(value or UNKNOWN for value in order), place[codes])
 
 
-def _by_membership(name: str, values: Iterable[str], members: frozenset[int]) -> Grouping:
-    """Two groups: also in the training data, or not; an empty value is neither."""
-    said = ((("yes" if hash(value) in members else "no") if value else "") for value in values)
-    return _by_value(name, said)
+def _by_membership(name: str, values: np.ndarray, members: np.ndarray) -> Grouping:
+    """Two groups: also in the training data, or not; where there is nothing to compare, neither."""
+    said = np.where(values == NONE, "", np.where(is_among(values, members), "yes", "no"))
+    return _by_value(name, said.tolist())
 
 
 def _by_edges(name: str, values: np.ndarray, edges: Sequence[float], unit: str) -> Grouping:
@@ -231,7 +223,7 @@ class Breakdown:
     ) -> "Breakdown":
         """Of `rows` of a split; see `find_groupings`."""
         index: dict[str, int] = {"": -1}
-        speakers = (index.setdefault(value, len(index) - 1) for value in _values(dataset, "speaker", rows))
+        speakers = (index.setdefault(value, len(index) - 1) for value in dataset.column("speaker", rows))
         codes = np.fromiter(speakers, np.int32)
         return cls(find_groupings(dataset, rows, num_labels, trained, names), codes)
 
@@ -257,12 +249,13 @@ def draw_stratified(
     to one utterance.
     """
     generator = np.random.default_rng(seed)
-    strata = [generator.permutation(len(rows)), _by_value("speaker", _values(dataset, "speaker", rows)).codes]
+    strata = [generator.permutation(len(rows)), _by_value("speaker", dataset.column("speaker", rows)).codes]
     deciles = np.quantile(dataset.num_samples[rows], np.arange(0.1, 1.0, 0.1))
     strata.append(np.searchsorted(deciles, dataset.num_samples[rows]))
     if trained is not None:
-        for column, members, key in (("text", trained.sentences, sentence_key), ("speaker", trained.speakers, str)):
-            strata.append(_by_membership(column, map(key, _values(dataset, column, rows)), members).codes)
+        who = identities(dataset)
+        strata.append(_by_membership("sentence", who.sentences[rows], trained.sentences).codes)
+        strata.append(_by_membership("speaker", who.speakers[rows], trained.speakers).codes)
     order = np.lexsort(strata)  # The last one is the first to sort by.
     places = (np.arange(wanted) + generator.random()) * len(rows) / wanted
     return np.sort(rows[order[places.astype(np.int64)]])

@@ -86,18 +86,27 @@ class TextNormalizer:
 
     def __call__(self, text: str) -> str:
         """Normalise one transcript."""
+        return " ".join(self._map(text).split())
+
+    def normalize_many(self, texts: Sequence[str]) -> list[str]:
+        """`[normalizer(text) for text in texts]`, several times as fast: each step is taken once for all of them.
+
+        No step looks beyond a line feed: nothing composes with it, and for the final sigma it ends a word.
+        """
+        block = "\n".join(texts)
+        if block.count("\n") != len(texts) - 1 or "\n" in self._table:
+            return [self(text) for text in texts]  # none, or one of several lines
+        return [" ".join(text.split()) for text in self._map(block).split("\n")]
+
+    def _map(self, text: str) -> str:
+        """All but the spaces."""
         text = composed(text)
         if self.case != "keep":
             text = text.upper() if self.case == "upper" else text.lower()
         if self._ignores_marks:
             text = self._replace(unicodedata.normalize("NFD", text))
         # Again, since a change of case or a removed joiner can leave a letter and its mark side by side.
-        text = composed(self._replace(text))
-        return " ".join(text.split())
-
-    def normalize_many(self, texts: Sequence[str]) -> list[str]:
-        """`[normalizer(text) for text in texts]`, at about 100,000 sentences a second."""
-        return [self(text) for text in texts]
+        return composed(self._replace(text))
 
     def _replace(self, text: str) -> str:
         # A search for what is to change is three times as fast as str.translate outside ASCII.

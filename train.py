@@ -12,6 +12,7 @@ from errors import RunFailed, exit_status
 # isort: split
 
 import allocator  # noqa: F401 - before torch
+import collector  # before torch
 import launched  # noqa: F401 - before torch
 
 # isort: split
@@ -41,6 +42,8 @@ from scoring import OTHER_IS_OUT_OF_MEMORY, Evaluation, describe_limits, evaluat
 from sharding import whole
 from slices import describe_slice
 from stopping import end_loaders
+
+collector.wake()
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 # How a rank's try at an update went; the worst of all ranks counts.

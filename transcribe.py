@@ -13,6 +13,7 @@ from errors import RunFailed, UsageError, exit_status, in_one_line
 # isort: split
 
 import allocator  # noqa: F401 - before torch
+import collector  # before torch
 
 # isort: split
 
@@ -32,6 +33,8 @@ from recognition import Recogniser
 from recording import Recording, find_recordings, header_seconds
 from recovery import failing_by_name
 from subtitles import FORMATS, Transcript
+
+collector.wake()
 
 # Files are batched by length among as many as this; their texts come in the order of the names.
 GROUP_SECONDS = 900.0

@@ -2,7 +2,7 @@
 
     python benchmarks/resume_cost.py [--utterances 1000000] [--repetitions 6]
 
-A prepared set with that many utterances is made, each of a letter and next to no audio, since what counts is the index.
+A prepared set with that many utterances is made (synthetic_corpus.py), of real lengths and no sound.
 The program is imported once and forked for every start; the clock runs from the fork to the end of the first update, so
 it covers the checks of the data, the preflight (from its cache) and a tiny model. Starts of the three kinds take turns,
 and each figure is the least of the repetitions; what lies before the checkpoint is the same work in all three, and on a
@@ -12,7 +12,6 @@ takes it where a set can be indexed.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -24,8 +23,6 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import numpy as np
-
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 sys.path.insert(1, str(REPOSITORY / "tests"))
@@ -33,20 +30,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import yaml
 from conftest import TINY_MODEL
+from synthetic_corpus import write_set
 
 import checkpoint
 import train
-from audio import SAMPLE_RATE_HZ, Clip, measure
-from corpora import SourceRow
 from data import training_loader
 from errors import exit_status
-from integrity import SCHEMA_VERSION, write_sealed
-from shards import PartWriter
 
-CHUNK_SIZE = 10_000
-# Two or three frames of the tiny model, enough for a letter.
-MIN_SAMPLES, MAX_SAMPLES = 640, 960
-LETTERS = "ABCDE"
 DEV_UTTERANCES = 100
 UTTERANCES_PER_UPDATE = 8
 SHALLOW_STEP, DEEP_SHARE = 10, 0.9
@@ -117,41 +107,12 @@ def print_skipping(recipe: Path, run_dir: Path, deep_step: int) -> None:
     )
 
 
-def write_set(data_dir: Path, sizes: dict[str, int]) -> None:
-    """Splits of these sizes, as prepare.py lays them out; no two clips are the same."""
-    rng, parts = np.random.default_rng(0), {}
-    for split, size in sizes.items():
-        starts = range(0, size, CHUNK_SIZE)
-        for number, first in enumerate(starts, 1):
-            write_part(data_dir / split / f"part_{number}", split, range(first, min(first + CHUNK_SIZE, size)), rng)
-        parts[split] = {"parts": len(starts)}
-    parts["test"] = {"parts": 0}
-    write_sealed(data_dir / "prepare.json", {"schema_version": SCHEMA_VERSION, "flags": [], "splits": parts})
-
-
-def write_part(folder: Path, split: str, rows: range, rng: np.random.Generator) -> None:
-    """One part; the measures are those of its first clip."""
-    folder.mkdir(parents=True)
-    noise = rng.normal(0, 3_000, len(rows) + MAX_SAMPLES).astype(np.int16)
-    lengths = rng.integers(MIN_SAMPLES, MAX_SAMPLES, len(rows))
-    letters = rng.choice(list(LETTERS), len(rows))
-    measures = measure(noise[:MAX_SAMPLES])
-    with (folder / "data.arrow").open("wb") as file:
-        writer = PartWriter(file, [])
-        for index, row in enumerate(rows):
-            samples = noise[index : index + lengths[index]]
-            clip = Clip(samples, measures, SAMPLE_RATE_HZ, hashlib.sha256(samples).hexdigest())
-            writer.add(SourceRow(f"{split}_{row:07d}", None, "", str(letters[index]), "", {}), clip)
-        facts = writer.finish()
-    write_sealed(folder / "part.json", facts | {"schema_version": SCHEMA_VERSION})
-
-
 def write_recipe(folder: Path, updates_per_epoch: int) -> Path:
     """One epoch of the tiny model, saved at the shallow step."""
     recipe = folder / "recipe.yaml"
     settings = {
-        "data_dir": str(folder / "data"), "model_config": TINY_MODEL, "vocabulary": "train",
-        "per_device_train_batch_size": UTTERANCES_PER_UPDATE, "min_duration_in_seconds": 0.01,
+        "data_dir": str(folder / "data"), "model_config": TINY_MODEL, "vocabulary": "large_960h",
+        "per_device_train_batch_size": UTTERANCES_PER_UPDATE,
         "max_steps": updates_per_epoch, "eval_steps": updates_per_epoch, "logging_steps": updates_per_epoch,
         "save_steps": SHALLOW_STEP,
     }  # fmt: skip

@@ -2,9 +2,12 @@
 
 import hashlib
 import math
+import mmap
+import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -35,7 +38,7 @@ from data import (
     training_loader,
 )
 from errors import UsageError
-from integrity import find_damage, hash_index, read_sealed, write_sealed
+from integrity import IndexHash, find_damage, read_sealed, write_sealed
 from model import num_frames
 from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer
 
@@ -139,7 +142,7 @@ def test_promise_6_the_index_of_200_000_rows_is_a_few_numpy_arrays(tmp_path: Pat
     part = tmp_path / "data" / "train" / "part_1"
     write_part(part, [])
     schema = pa.ipc.open_file(pa.py_buffer((part / "data.arrow").read_bytes())).schema
-    names, index = [f"clip {number}" for number in range(per_batch)], hashlib.sha256()
+    names, index = [f"clip {number}" for number in range(per_batch)], IndexHash(schema)
     one_sample = hashlib.sha256(bytes(2)).hexdigest()
     audio = pa.LargeListArray.from_arrays(pa.array(np.arange(per_batch + 1)), pa.array(np.zeros(per_batch, np.int16)))
     with pa.OSFile(str(part / "data.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -153,7 +156,7 @@ def test_promise_6_the_index_of_200_000_rows_is_a_few_numpy_arrays(tmp_path: Pat
                     filling = names[:rows] if field.type == pa.string() else np.zeros(rows)
                     columns[field.name] = pa.array(filling, field.type)
             batch = pa.record_batch(columns, schema=schema)
-            hash_index(index, batch)
+            index.add(batch)
             writer.write_batch(batch)
     edit_facts(part, data_bytes=(part / "data.arrow").stat().st_size, index_sha256=index.hexdigest())
 
@@ -742,3 +745,49 @@ def test_has_utterances_tells_an_empty_or_absent_split(prepared: Path) -> None:
     shutil.rmtree(prepared / "dev")
     write_part(prepared / "dev" / "part_1", [])
     assert not has_utterances(prepared / "dev")
+
+
+@pytest.mark.parametrize("rows", [[], [0], [12], [2, 3, 7, 8, 9], list(range(13))])
+def test_a_column_at_some_rows_reads_their_batches_alone(
+    rows: list[int], prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, read, original = ShardDataset(prepared / "train"), [], data.read_batch
+    ids = list(dataset.column("id"))
+
+    def counted(reader: pa.ipc.RecordBatchFileReader, position: int) -> pa.RecordBatch:
+        read.append(position)
+        return original(reader, position)
+
+    monkeypatch.setattr(data, "read_batch", counted)
+    assert list(dataset.column("id", np.array(rows, np.int64))) == [ids[row] for row in rows]
+    # Three rows a batch, and a new part at row 8.
+    assert len(read) == len({(row >= 8, (row - 8 * (row >= 8)) // 3) for row in rows})
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="this system takes no advice about mapped memory")
+def test_a_clip_brings_its_own_pages_into_memory_and_not_its_batch(tmp_path: Path) -> None:
+    """Arrow's own mapping asks for all of a batch, here 131 MB for a clip of 0.5."""
+    count, seconds = 256, 16
+    noise = np.random.default_rng(0).integers(-99, 99, seconds * 16_000).astype(np.int16)
+    rows = [(f"u{number}", np.roll(noise, number), "A", "ann") for number in range(count)]
+    write_part(tmp_path / "data" / "train" / "part_1", rows, rows_per_batch=count)
+    path = tmp_path / "data" / "train" / "part_1" / "data.arrow"
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident_bytes(path) > 0.1 * path.stat().st_size:
+        pytest.skip("this file system does not let go of its pages")
+    dataset = ShardDataset(path.parents[1])
+    assert resident_bytes(path) < 0.1 * path.stat().st_size
+    before = resident_bytes(path)
+    assert len(dataset[120].audio) == len(noise)
+    # The clip, and around the three places of its ids and texts as much as the system reads ahead.
+    assert resident_bytes(path) - before < 0.1 * path.stat().st_size
+
+
+def resident_bytes(path: Path) -> int:
+    """Of a file, in the memory of the system."""
+    if shutil.which("fincore") is None:
+        pytest.skip("needs the program fincore")
+    shown = subprocess.run(["fincore", "--bytes", "--noheadings", "--output", "RES", path], capture_output=True)
+    return int(shown.stdout)

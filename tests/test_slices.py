@@ -141,8 +141,8 @@ def test_a_column_of_the_corpus_does_not_hide_what_is_known_of_a_clip(tmp_path: 
 def test_a_column_of_ids_is_not_read_to_its_end(dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     read, original = Counter(), ShardDataset.column
 
-    def column(self: ShardDataset, name: str) -> Iterator[str]:
-        for value in original(self, name):
+    def column(self: ShardDataset, name: str, rows: np.ndarray | None = None) -> Iterator[str]:
+        for value in original(self, name, rows):
             read[name] += 1
             yield value
 

@@ -242,3 +242,18 @@ def test_many_random_texts_need_the_frames_of_one_by_one() -> None:
     labels = rng.integers(3, 5, counts.sum())
     rows = np.split(labels, np.cumsum(counts)[:-1])
     assert required_frames_many(labels, counts).tolist() == [required_frames(row) for row in rows]
+
+
+BLOCK_CHARACTERS = "aAeÉßΣσİıẹ\u0301\u0323\u1100\u1161\u0345ʼ’ \t\r\u2028,.!-\u200d"
+
+
+@pytest.mark.parametrize("case", ["upper", "lower", "keep"])
+@pytest.mark.parametrize("ignored", [IGNORED, "\u0301,", "\n", ""])
+def test_many_texts_become_what_each_becomes(case: str, ignored: str) -> None:
+    generator = random.Random(1)
+    texts = ["".join(generator.choices(BLOCK_CHARACTERS, k=generator.randrange(9))) for _ in range(2_000)]
+    normalizer = TextNormalizer(ignored, case)
+    expected = [normalizer(text) for text in texts]
+    assert normalizer.normalize_many(texts) == expected
+    assert normalizer.normalize_many([*texts, "two\nlines"]) == [*expected, normalizer("two\nlines")]
+    assert normalizer.normalize_many([]) == []
