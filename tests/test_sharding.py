@@ -148,7 +148,7 @@ layers = assembly.model.hf.base_model.encoder.layers
 kinds = [isinstance(module, FSDPModule) for module in (assembly.model, *layers)]
 kinds += [isinstance(parameter, DTensor) for parameter in assembly.model.parameters()]
 found = ("divided:", all(kinds), accelerator.num_processes, accelerator.device.type, accelerator.mixed_precision)
-sys.stdout.write(" ".join(map(str, found)) + "\n")
+print(" ".join(map(str, found)))  # as one piece, between those of the other
 accelerator.end_training()
 """
 
