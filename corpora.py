@@ -220,7 +220,7 @@ def sentence_key(text: str) -> str:
 
 
 def sentence_keys(texts: Sequence[str]) -> list[str]:
-    """`sentence_key` of each, several times as fast: each step is taken once for all of them."""
+    """`sentence_key` of each, twice as fast: each step is taken once for all of them."""
     block = "\n".join(texts)
     if block.count("\n") != len(texts) - 1:
         return [sentence_key(text) for text in texts]  # none, or one of several lines

@@ -89,7 +89,7 @@ class TextNormalizer:
         return " ".join(self._map(text).split())
 
     def normalize_many(self, texts: Sequence[str]) -> list[str]:
-        """`[normalizer(text) for text in texts]`, several times as fast: each step is taken once for all of them.
+        """`[normalizer(text) for text in texts]`, a fifth faster: each step is taken once for all of them.
 
         No step looks beyond a line feed: nothing composes with it, and for the final sigma it ends a word.
         """
