@@ -201,11 +201,8 @@ def measure(size: str, seconds: int, checkpointing: bool) -> None:
 
 def model_fields(size: str) -> dict[str, object]:
     """Of wav2vec2-base or -large as released, with a head of 32; no layer left out and nothing masked."""
-    unused = ("architectures", "hidden_dropout_prob", "feat_extract_dropout", "gradient_checkpointing", "vocab_size",
-              "pad_token_id")  # fmt: skip
-    fields = {name: value for name, value in LARGE_960H.config.items() if name not in unused}
     still = {"attention_dropout": 0.0, "layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
-    return fields | SIZES[size] | still
+    return LARGE_960H.recipe | SIZES[size] | still
 
 
 def write_clips(folder: Path, count: int) -> None:

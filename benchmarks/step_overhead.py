@@ -146,9 +146,7 @@ def model_config(size: str) -> dict[str, object]:
     if size == "demo":
         recipe = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text(encoding="utf-8"))
         return recipe["model_config"] | OFF
-    unused = ("architectures", "vocab_size", "hidden_dropout_prob")
-    fields = {name: value for name, value in LARGE_960H.config.items() if name not in unused}
-    return fields | BASE | OFF
+    return LARGE_960H.recipe | BASE | OFF
 
 
 def write_clips(folder: Path, train: int, dev: int = 4) -> None:

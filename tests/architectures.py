@@ -60,6 +60,13 @@ class Architecture:
     is_pretrained_only: bool
     """No head and no tokenizer, but the quantizer and projections of pre-training."""
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """As `model_config` of a recipe: without what follows from the vocabulary, and what no model reads."""
+        left_out = {"architectures", "hidden_dropout_prob", "feat_extract_dropout", "gradient_checkpointing"}
+        left_out |= {"vocab_size", "pad_token_id"}
+        return {name: value for name, value in self.config.items() if name not in left_out}
+
 
 LARGE_960H = Architecture(
     name="facebook/wav2vec2-large-960h",
