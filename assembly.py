@@ -19,7 +19,7 @@ from overlap import find_overlap
 from pretrained import load_model
 from processes import RankStatus, SharedGradients, check_same_on_all_ranks, choose_loading_processes, main_first
 from selection import draw_subset, select_training_rows
-from sharding import ShardedGradients, asks_for_sharding, is_sharded, shard
+from sharding import ShardedGradients, asks_for_sharding, is_sharded, shard, whole
 from slices import Trained, draw_stratified
 from text import TextNormalizer
 from transcripts import measure_texts
@@ -164,6 +164,7 @@ class Assembly:
             hf_config=self.hf_config,
             device=self.accelerator.device,
             bytes_per_value=4 if self.accelerator.mixed_precision == "no" else 2,
+            is_divided=self.is_sharded,
         )
 
     def _train_pass(self, batch: Batch) -> None:
@@ -177,7 +178,7 @@ class Assembly:
         self.accelerator.backward(0.0 * self.forward(batch)[0].sum())
 
     def _evaluation_pass(self, batch: Batch) -> None:
-        with evaluation_mode(self.model):
+        with whole(self.model), evaluation_mode(self.model):
             logits_BTV, frame_lengths_B, _ = self.forward(batch)
             score_batch(logits_BTV, frame_lengths_B, self.vocabulary, batch.texts, batch.raw_texts)
 

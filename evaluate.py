@@ -40,7 +40,7 @@ from audio import SAMPLE_RATE_HZ
 from comparison import compare
 from config import EvaluateConfig, parse_arguments
 from data import Batch, ShardDataset, has_utterances
-from hosts import check_hosts_agree
+from hosts import check_hosts_agree, check_same
 from intervals import CONFIDENCE, share_of_units
 from metrics import TextScore
 from model_scorer import ModelScorer
@@ -78,7 +78,10 @@ def main() -> None:
     accelerator = start_processes([], str(folder), config.ddp_timeout)
     try:
         with naming_lost_processes():
-            check_hosts_agree(RankStatus(accelerator, config.ddp_timeout), config)
+            status = RankStatus(accelerator, config.ddp_timeout)
+            check_hosts_agree(status, config)
+            named = {"what --compare names": "a model" if other is None else "results"}
+            check_same(status, named, "put those results where every host sees them")
             score_models(config, folder, other, accelerator)
     finally:
         end_loaders()

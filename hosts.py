@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 # Where a host finds what all of them have (its content is compared), and what its hardware allows.
 OWN_SETTINGS = (
     *("model_name_or_path", "data_dir", "output_dir", "corpus", "audio_root"),
-    *("dataloader_num_workers", "num_workers", "memory_limit_mb"),
+    *("dataloader_num_workers", "num_workers", "memory_limit_mb", "drop_list", "lm", "compare"),
 )
 # Other versions may round, draw or save differently.
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")
+TOKEN_PREFIX = ".shared_"
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+# By which the launcher asks for FSDP.
+SHARDING_VARIABLES = ("ACCELERATE_USE_FSDP", "FSDP_")
 # Longer ones (the shape of a model) are named without their values.
 CHARACTERS_SHOWN = 60
 ABSENT = "absent"
@@ -65,7 +68,7 @@ def talk_over_reachable_interface() -> None:
 
 
 def check_hosts_agree(status: "RankStatus", config: "TrainConfig | EvaluateConfig | PrepareConfig") -> None:
-    """Every process must have been started alike: settings, the launcher's precision, versions, this program.
+    """Every process must have been started alike: settings, the launcher's precision and FSDP, versions, this program.
 
     Raises:
         UsageError: what differs, with the values and who has them.
@@ -74,7 +77,8 @@ def check_hosts_agree(status: "RankStatus", config: "TrainConfig | EvaluateConfi
     precision = {"--mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no")}
     versions = {"the version of python": platform.python_version()}
     versions |= {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
-    facts = settings | precision | versions | {"the source of this program": _source_digest()}
+    sharding = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SHARDING_VARIABLES)}
+    facts = settings | precision | sharding | versions | {"the source of this program": _source_digest()}
     check_same(status, facts, "start every host with the same command, --config file and installation")
 
 
@@ -127,7 +131,7 @@ def check_shared_folder(status: "RankStatus", is_first: bool, folder: Path) -> N
 
 
 def _leave_token(folder: Path) -> str:
-    token = f".shared_{uuid.uuid4().hex}"
+    token = f"{TOKEN_PREFIX}{uuid.uuid4().hex}"
     try:
         (nearest_existing(folder) / token).touch()
     except OSError as error:

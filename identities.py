@@ -6,6 +6,7 @@ there is none. N: utterances of the split.
 
 import hashlib
 import itertools
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from data import ShardDataset
 
 TEXTS_PER_BLOCK = 10_000
 NONE = 0
+# Of the splits that are open: a folder that cannot be written keeps nothing, and everyone asks.
+_known: "weakref.WeakKeyDictionary[ShardDataset, Identities]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,13 @@ class Identities:
 
 
 def identities(dataset: ShardDataset) -> Identities:
-    """Of every utterance; found once and kept beside the data."""
-    names = ("sentences", "speakers", "clips")
-    shapes = dict.fromkeys(names, (len(dataset),))
-    arrays = FactCache(dataset.folder.parent).get("identities", dataset.fingerprint, lambda: _find(dataset), shapes)
-    return Identities(*(arrays[name] for name in names))
+    """Of every utterance; found once, and kept with the open split and beside the data."""
+    if dataset not in _known:
+        names = ("sentences", "speakers", "clips")
+        shapes = dict.fromkeys(names, (len(dataset),))
+        arrays = FactCache(dataset.folder.parent).get("identities", dataset.fingerprint, lambda: _find(dataset), shapes)
+        _known[dataset] = Identities(*(arrays[name] for name in names))
+    return _known[dataset]
 
 
 def distinct(values: np.ndarray) -> np.ndarray:

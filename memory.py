@@ -94,6 +94,7 @@ class Passes:
         hf_config: of the encoder.
         device: where the model lies.
         bytes_per_value: of an activation, by the launcher's precision.
+        is_divided: the others wait in the midst of a pass for this process, so that one that fails ends the run (FSDP).
     """
 
     train: Callable[[Batch], None]
@@ -104,6 +105,7 @@ class Passes:
     hf_config: object
     device: torch.device
     bytes_per_value: int = 4
+    is_divided: bool = False
 
     def least_bytes(self, shape: Shape) -> int:
         """What any pass needs at the very least: input and output of the first activation, and a padded batch's mask.
@@ -178,7 +180,7 @@ def probe(passes: Passes, shape: Shape, is_training: bool, limit_bytes: float) -
     batch = passes.make_batch(shape)
     trim_memory()
     with torch.random.fork_rng(devices=devices), PeakMemory(passes.device) as peak:
-        fits = _survives(run_pass, batch)
+        fits = _survives(run_pass, batch, passes.is_divided)
         if passes.device.type == "cuda":
             torch.cuda.synchronize(passes.device)
     passes.clean()
@@ -188,11 +190,11 @@ def probe(passes: Passes, shape: Shape, is_training: bool, limit_bytes: float) -
     return Probe(shape, peak.bytes, fits and peak.bytes <= limit_bytes)
 
 
-def _survives(run_pass: Callable[[Batch], None], batch: Batch) -> bool:
+def _survives(run_pass: Callable[[Batch], None], batch: Batch, is_divided: bool) -> bool:
     try:
         run_pass(batch)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if is_divided or not is_out_of_memory(error):
             raise
         return False
     return True

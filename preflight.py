@@ -19,6 +19,7 @@ import launched  # noqa: F401 - before torch
 
 # isort: split
 
+import contextlib
 import json
 import os
 import sys
@@ -58,7 +59,7 @@ from memory import (
 from model import parameter_counts
 from processes import RankStatus, naming_lost_processes, start_processes
 from progress import print_table
-from recovery import release_memory
+from recovery import failing_by_name, release_memory
 from selection import COUNT_CHECK, write_drop_list, write_suspects
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ BYTES_PER_WEIGHT = 4
 UPDATES_CUT = 1_000
 # Of the table where no terminal says how wide it is.
 VERDICT_STYLES = {"ok": "green", "warning": "yellow", "refused": "bold red"}
+# Of a divided model (FSDP) whose pass ran out of memory.
+DIVIDED_REMEDY = "lower --per_device_train_batch_size, give --gradient_checkpointing, or launch more processes"
 
 
 @dataclass(frozen=True)
@@ -201,12 +204,13 @@ def run_checks(assembly: "Assembly") -> Report:
 
 def check_precision(mixed_precision: str, device: torch.device) -> list[Finding]:
     """A warning where bf16 is emulated: right, and on a processor some fifty times slower than fp32."""
-    if mixed_precision != "bf16":
+    if mixed_precision != "bf16" or device.type not in ("cpu", "cuda"):
         return []
     if device.type == "cuda":
         has_instructions, instead = torch.cuda.is_bf16_supported(including_emulation=False), "fp16"
     else:
-        has_instructions, instead = torch.ops.mkldnn._is_mkldnn_bf16_supported(), "no"
+        has_mkldnn = torch.backends.mkldnn.is_available()
+        has_instructions, instead = has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported(), "no"
     if has_instructions:
         return []
     what = "GPU" if device.type == "cuda" else "processor"
@@ -344,8 +348,13 @@ def _evaluation_shapes(assembly: "Assembly", cut: CutSettings) -> list[Shape]:
 
 
 def _probe_everywhere(assembly: "Assembly", shape: Shape, is_training: bool, limit: float) -> Probe:
-    """One shape on every rank at once: the largest peak, and whether it fits on all."""
-    mine = probe(assembly.passes, shape, is_training, limit)
+    """One shape on every rank at once: the largest peak, and whether it fits on all.
+
+    Raises:
+        RunFailed: memory ran out in a pass of a divided model, which the other processes cannot do without this one.
+    """
+    with failing_by_name(DIVIDED_REMEDY) if assembly.is_sharded else contextlib.nullcontext():
+        mine = probe(assembly.passes, shape, is_training, limit)
     peak = _extreme(assembly.accelerator, mine.peak_bytes, largest=True)
     return Probe(shape, int(peak), assembly.status.worst(int(not mine.fits)) == [0])
 

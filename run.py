@@ -35,7 +35,7 @@ from clock import PHASE_COLUMNS, PHASES, Clock, Work, seconds_left
 from config import TrainConfig, write_config
 from data import ShardDataset
 from errors import RunFailed, Stopped, UsageError
-from hosts import check_same
+from hosts import TOKEN_PREFIX, check_same
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from metrics import Score
@@ -66,8 +66,8 @@ LARGE_EVALUATION = 0.25
 MIN_EVALUATION = 50
 # Of the clips of eval_samples.csv, the shortest, for the check of a saved model.
 PROBE_CLIPS = 3
-# Of `choose_beginning`; no checkpoint has this name.
-FINISHED = "finished"
+# Of `choose_beginning`; nobody can type it.
+FINISHED = "\0finished"
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
@@ -241,7 +241,8 @@ class Run(Assembly):
         """The first rank mends an interrupted swap, checks every byte and says what it skips; the others take it."""
 
         def find() -> str:
-            return checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint).name
+            # Resolved: a link or a path may lead to it, under another name.
+            return checkpoint.find_checkpoint(self.folder, self.config.resume_from_checkpoint).resolve().name
 
         return self.folder / "checkpoints" / self.status.decide_first(self.is_main, find)
 
@@ -752,6 +753,7 @@ def choose_beginning(config: TrainConfig) -> str | None:
 def _refuse_occupied(folder: Path, is_auto: bool) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     names = {name.removesuffix(UNFINISHED).removesuffix(ASIDE) for name in names}  # left by a kill
+    names = {name for name in names if not name.startswith(TOKEN_PREFIX)}  # by a kill, too
     # preflight.py may have written its report there.
     if folder.is_dir() and names <= set(RUN_FILES if is_auto else preflight.REPORT_FILES):
         return

@@ -153,6 +153,7 @@ class ShardedGradients:
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
+        self._spoil = torch.zeros((), device=parameters[0].device)
         for parameter in parameters:  # so that the optimizer can make its moments
             parameter.grad = torch.zeros_like(parameter)
 
@@ -164,7 +165,7 @@ class ShardedGradients:
     def sum_over_processes(self, accelerator: Accelerator, loss: torch.Tensor) -> torch.Tensor:
         """The loss summed over the ranks; the gradients have been in the backward passes.
 
-        A loss that is not finite makes the gradients NaN, should they not be: such an update teaches nothing.
+        A loss that is not finite makes the norm of `clip` NaN, should it not be: such an update is left out.
         """
         loss = accelerator.reduce(loss.reshape(1), reduction="sum")[0]
         self._spoil = 0.0 * loss

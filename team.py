@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from processes import RankStatus
 
 Value = TypeVar("Value")
-# Whoever is ready first waits for the others, whose parts may be longer and whose disks slower. One that ends is
-# noticed at once all the same.
+# Whoever is ready first waits for the others, whose parts may be longer and whose disks slower. One that has ended is
+# noticed by those who wait, so at the latest when their own parts are done, which are good.
 SECONDS_TO_WAIT = 24 * 3600
 
 

@@ -113,15 +113,24 @@ def repeat_corpus(source: Path, folder: Path, clips: int) -> None:
     (folder / "clips").mkdir(parents=True)
     with (source / "train.tsv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    tables = {split: (folder / f"{split}.tsv").open("w", newline="", encoding="utf-8") for split in ("train", "dev")}
-    writers = {split: csv.DictWriter(file, list(rows[0]), delimiter="\t") for split, file in tables.items()}
+    # The same rows twice: with a name of a clip, and, for the other side, with its whole path.
+    names = [f"{split}{kind}" for split in ("train", "dev") for kind in ("", ".audio")]
+    tables = {name: (folder / f"{name}.tsv").open("w", newline="", encoding="utf-8") for name in names}
+    columns = {"": list(rows[0]), ".audio": ["audio", *(name for name in rows[0] if name != "path")]}
+    writers = {
+        name: csv.DictWriter(file, columns[".audio" if name.endswith(".audio") else ""], delimiter="\t")
+        for name, file in tables.items()
+    }
     for writer in writers.values():
         writer.writeheader()
     for number in range(clips):
         row = rows[number % len(rows)]
         name = f"{number:06d}.mp3"
         shutil.copyfile(source / "clips" / row["path"], folder / "clips" / name)
-        writers["dev" if number % 10 == 0 else "train"].writerow(row | {"path": name})
+        split = "dev" if number % 10 == 0 else "train"
+        writers[split].writerow(row | {"path": name})
+        others = {column: value for column, value in row.items() if column != "path"}
+        writers[f"{split}.audio"].writerow(others | {"audio": str(folder / "clips" / name)})
     for file in tables.values():
         file.close()
 
@@ -179,9 +188,8 @@ def map_dataset(corpus: Path, num_workers: int) -> None:
 
     from text import LARGE_960H_VOCABULARY, build_tokenizer
 
-    tables = {split: str(corpus / f"{split}.tsv") for split in ("train", "dev")}
+    tables = {split: str(corpus / f"{split}.audio.tsv") for split in ("train", "dev")}
     raw = load_dataset("csv", data_files=tables, delimiter="\t", keep_default_na=False)
-    raw = raw.map(lambda row: {"audio": str(corpus / "clips" / row["path"])}, remove_columns=["path"])
     tokenizer, feature_extractor = build_tokenizer(LARGE_960H_VOCABULARY), Wav2Vec2FeatureExtractor()
     ignored = re.compile(f"[{re.escape(CHARACTERS_TO_IGNORE)}]")
 

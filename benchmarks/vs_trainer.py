@@ -6,7 +6,8 @@ Same checkpoint (random weights; dropout and masks off, feature encoder frozen),
 Common Voice's distribution of lengths, same utterances per update, a process for each run, in turn. `as shipped` draws
 batches at random, `grouped` is `--train_sampling_strategy group_by_length`. Speed is seconds of audio per second over
 the second epoch; memory that of the process and its children (PSS); the first update counts from the start of the
-process, imports, checks and all, and the resume is one behind three quarters of an epoch. Loss curves: both in the
+process, imports, checks and all (but of what train.py evaluates before its first update, which the Trainer does not,
+only four clips), and the resume is one behind three quarters of an epoch. Loss curves: both in the
 order of train.py, with its loss, on a model with layer norm (with group norm, padding changes what transformers
 computes), as the largest relative difference of the loss of an update.
 """

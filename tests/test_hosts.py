@@ -320,6 +320,14 @@ def test_hosts_may_differ_in_where_they_find_things_and_in_nothing_else() -> Non
     with pytest.raises(UsageError, match=r"--max_steps is -1 on .*, 5 on host1 \(rank 1\): start every host"):
         check_hosts_agree(start_other(max_steps=5), config)
 
+    def undivided(value: tuple[str, dict]) -> tuple[str, dict]:
+        return "host1", {name: one for name, one in value[1].items() if "FSDP" not in name}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(UsageError, match=r"ACCELERATE_USE_FSDP is true on .*, absent on host1"):
+            check_hosts_agree(TwoRanks(undivided), config)
+
     def older(value: tuple[str, dict]) -> tuple[str, dict]:
         return "host1", value[1] | {"the version of torch": "2.0", "the source of this program": "0"}
 

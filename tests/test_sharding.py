@@ -132,6 +132,23 @@ def test_memory_that_runs_out_on_one_process_of_a_divided_run_stops_all(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
 
 
+@pytest.mark.slow
+def test_memory_that_runs_out_in_the_check_of_a_divided_run_stops_all(
+    prepared: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., Ranks],  # noqa: F811
+) -> None:
+    """Where it is most likely to; the other process waits in the midst of the pass."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, per_device_train_batch_size=4)
+    failure = {"rank": 1, "step": 0, "where": "forward", "passes": [0]}  # of the heaviest batch
+    stopped = run_ranks(2, "run", "--config", recipe, failure=failure, status=1, launcher=FSDP)
+    assert stopped.statuses == [1, 1]
+    assert "[rank 1] failed: out of memory (" in stopped.stderr[1]
+    assert "or launch more processes" in stopped.stderr[1]
+    assert "Traceback" not in stopped.stderr[0] + stopped.stderr[1]
+    assert not (tmp_path / "run").exists()
+
+
 # What the launcher's file makes of a model: types and device, said by every process.
 DESCRIBE = """
 import sys

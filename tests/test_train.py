@@ -56,6 +56,7 @@ from clock import PHASE_COLUMNS
 from config import TrainConfig
 from data import BatchPlan, CutSettings, ShardDataset, training_loader
 from errors import UsageError, exit_status
+from hosts import TOKEN_PREFIX
 from meter import METER_SUMS
 from metrics import ErrorCounts, Score, TextScore
 from processes import start_processes
@@ -1109,6 +1110,34 @@ def test_model_of_a_step_behind_the_checkpoint(
     found = load_file(tmp_path / "run" / "model" / "model.safetensors")["lm_head.weight"]
     assert (results["best_step"], torch.equal(found, best)) == (4, not settings)
     assert results["best_eval_wer"] == (20 / 30 if settings else 10 / 20)
+
+
+def test_a_checkpoint_by_a_link_or_a_path(prepared: Path, tmp_path: Path, command: Callable[..., int]) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=4, save_steps=2)
+    folder = tmp_path / "run"
+    flags = ("--config", recipe, "--output_dir", folder, "--resume_from_checkpoint")
+    assert command(*flags[:-1]) == 0
+    (folder / "latest").symlink_to(folder / "checkpoints" / "step_000002")
+    for which in (folder / "latest", folder / "checkpoints" / ".." / "checkpoints" / "step_000002"):
+        assert command(*flags, which) == 0
+        assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step_000002", "step_000004"]
+
+
+def test_finished_is_no_checkpoint(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "finished") == 2
+    assert "--resume_from_checkpoint finished: not a checkpoint" in capsys.readouterr().err
+
+
+def test_a_token_that_a_kill_has_left_is_no_foreign_file(
+    prepared: Path, tmp_path: Path, command: Callable[..., int]
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"{TOKEN_PREFIX}0123").touch()
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
 
 
 def test_another_dropout_is_another_run(
