@@ -129,24 +129,29 @@ def numbers_of(column: pa.Array) -> np.ndarray:
     return np.frombuffer(column.buffers()[1], column.type.to_pandas_dtype(), len(column))
 
 
-def checked_lengths(folder: Path) -> list[np.ndarray]:
-    """`num_samples` of each record batch, once the size and all columns but the audio agree with part.json.
+def checked_numbers(folder: Path) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Rows of each record batch and all numeric columns, once every column but the audio agrees with part.json.
 
     Raises:
-        Damage: they do not.
+        Damage: one does not, or the size of the file.
     """
-    facts, lengths = read_sealed(folder / "part.json"), []
+    facts, batch_rows = read_sealed(folder / "part.json"), []
     _check_size(folder, facts)
     with damage_of_arrow(), open_index(folder / "data.arrow") as reader:
         index = IndexHash(reader.schema)
+        types = {field.name: field.type for field in reader.schema if field.type in (pa.int32(), pa.float32())}
+        numbers = {name: np.empty(facts["rows"], kind.to_pandas_dtype()) for name, kind in types.items()}
+        start = 0
         for position in range(reader.num_record_batches):
             batch = read_batch(reader, position)
             index.add(batch)
-            # A view would keep the whole batch in memory, with room for its audio.
-            lengths.append(numbers_of(batch.column("num_samples")).copy())
+            batch_rows.append(len(batch))
+            for name, values in numbers.items():
+                values[start : start + len(batch)] = numbers_of(batch.column(name))
+            start += len(batch)
     if index.hexdigest() != facts["index_sha256"]:
         raise Damage("data.arrow: ids, texts or lengths differ from their checksum")
-    return lengths
+    return batch_rows, numbers
 
 
 def find_damage(folders: Sequence[Path]) -> Iterator[tuple[Path, str]]:
@@ -168,7 +173,7 @@ def _damage_of_part(folder: Path, advance: Callable[[], None]) -> Iterator[str]:
         for row in _damaged_rows(folder):
             is_named = True
             yield row
-        checked_lengths(folder)
+        checked_numbers(folder)
         if digest != facts["sha256"] and not is_named:
             yield "data.arrow differs from its checksum"
     except Damage as damage:

@@ -45,7 +45,7 @@ from hosts import check_same
 from integrity import (
     SCHEMA_VERSION,
     Damage,
-    checked_lengths,
+    checked_numbers,
     find_damage,
     hash_file,
     open_index,
@@ -570,7 +570,7 @@ def _saying_what_stays(out: Path) -> Iterator[None]:
 def _damage_at_a_glance(folder: Path) -> list[str]:
     """What is wrong with a part, without reading its audio."""
     try:
-        checked_lengths(folder)
+        checked_numbers(folder)
     except Damage as damage:
         return [str(damage)]
     return []
