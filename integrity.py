@@ -140,6 +140,8 @@ def checked_numbers(folder: Path) -> tuple[list[int], dict[str, np.ndarray]]:
     with damage_of_arrow(), open_index(folder / "data.arrow") as reader:
         index = IndexHash(reader.schema)
         types = {field.name: field.type for field in reader.schema if field.type in (pa.int32(), pa.float32())}
+        if "num_samples" not in types:
+            raise Damage("data.arrow has no column num_samples")
         numbers = {name: np.empty(facts["rows"], kind.to_pandas_dtype()) for name, kind in types.items()}
         start = 0
         for position in range(reader.num_record_batches):

@@ -158,16 +158,19 @@ def test_promise_6_the_index_of_200_000_rows_is_a_few_numpy_arrays(tmp_path: Pat
             batch = pa.record_batch(columns, schema=schema)
             index.add(batch)
             writer.write_batch(batch)
-    edit_facts(part, data_bytes=(part / "data.arrow").stat().st_size, index_sha256=index.hexdigest())
+    edit_facts(part, rows=count, data_bytes=(part / "data.arrow").stat().st_size, index_sha256=index.hexdigest())
 
     tracemalloc.start()
     dataset = ShardDataset(part.parent)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 6 * count
-    assert peak < 12 * count
+    # 4 bytes of a row for its length and for each measure; no more than twice as much while they are put together.
+    row_bytes = 4 * sum(field.type in (pa.int32(), pa.float32()) for field in schema)
+    assert row_bytes == 48
+    assert kept < (row_bytes + 2) * count
+    assert peak < 2 * (row_bytes + 2) * count
     lists = [value for value in vars(dataset).values() if isinstance(value, (list, dict))]
-    assert all(len(value) <= 1 for value in lists), "one entry per part, none per utterance"
+    assert all(len(value) <= row_bytes // 4 for value in lists), "one entry per part or column, none per utterance"
     assert dataset.num_samples[-1] == count - 1
     assert len(dataset[count - 1].audio) == 1
 
