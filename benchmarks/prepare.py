@@ -183,7 +183,7 @@ def map_dataset(corpus: Path, num_workers: int) -> None:
     """What run_speech_recognition_ctc.py does before it trains."""
     import re
 
-    from datasets import Audio, load_dataset
+    from datasets import Audio, Value, load_dataset
     from transformers import Wav2Vec2FeatureExtractor
 
     from text import LARGE_960H_VOCABULARY, build_tokenizer
@@ -209,7 +209,9 @@ def map_dataset(corpus: Path, num_workers: int) -> None:
         return MIN_SECONDS * 16_000 < length < MAX_SECONDS * 16_000
 
     raw = raw.map(remove_special_characters, remove_columns=["sentence"])
-    raw = raw.cast_column("audio", Audio(sampling_rate=feature_extractor.sampling_rate))
+    raw = raw.cast_column("audio", Value("string")).cast_column(
+        "audio", Audio(sampling_rate=feature_extractor.sampling_rate)
+    )
     columns = next(iter(raw.values())).column_names
     vectorized = raw.map(prepare_dataset, remove_columns=columns, num_proc=num_workers)
     vectorized = vectorized.filter(is_audio_in_length_range, num_proc=num_workers, input_columns=["input_length"])
