@@ -147,7 +147,8 @@ class ShardDataset(Dataset):
         for batch, values in zip(batches, self._read(batches, (name,)), strict=True):
             wanted = rows[bounds[batch] : bounds[batch + 1]] - self._batch_starts[batch]
             column = values.column(0)
-            yield from (column if len(wanted) == len(column) else column.take(pa.array(wanted))).to_pylist()
+            # Of a list: of a numpy array, pyarrow imports pandas first.
+            yield from (column if len(wanted) == len(column) else column.take(pa.array(wanted.tolist()))).to_pylist()
 
     def numpy_column(self, name: str) -> np.ndarray:
         """The values of a numeric column in row order, [N]; not to be changed.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Where a host finds what all of them have (its content is compared), and what its hardware allows.
 OWN_SETTINGS = (
     *("model_name_or_path", "data_dir", "output_dir", "corpus", "audio_root"),
-    *("dataloader_num_workers", "num_workers", "memory_limit_mb", "drop_list", "lm", "compare"),
+    *("dataloader_num_workers", "num_workers", "memory_limit_mb", "drop_list", "compare"),
 )
 # Other versions may round, draw or save differently.
 PACKAGES = ("torch", "transformers", "accelerate", "numpy")

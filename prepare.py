@@ -48,6 +48,7 @@ from integrity import (
     checked_numbers,
     find_damage,
     hash_file,
+    numbers_of,
     open_index,
     part_folders,
     read_batch,
@@ -652,7 +653,7 @@ def _durations_and_speakers(out: Path, split: str) -> tuple[np.ndarray, int]:
         with open_index(folder / "data.arrow", ("num_samples", "speaker")) as reader:
             for position in range(reader.num_record_batches):
                 batch = read_batch(reader, position)
-                histogram += np.histogram(batch.column("num_samples").to_numpy(), edges)[0]
+                histogram += np.histogram(numbers_of(batch.column("num_samples")), edges)[0]
                 speakers.update(pyarrow.compute.unique(batch.column("speaker")).to_pylist())
     return histogram, len(speakers - {""})
 

@@ -66,8 +66,6 @@ LARGE_EVALUATION = 0.25
 MIN_EVALUATION = 50
 # Of the clips of eval_samples.csv, the shortest, for the check of a saved model.
 PROBE_CLIPS = 3
-# Of `choose_beginning`; nobody can type it.
-FINISHED = "\0finished"
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
@@ -728,26 +726,34 @@ def _describe_config(hf_config: object) -> dict[str, object]:
     }
 
 
-def choose_beginning(config: TrainConfig) -> str | None:
-    """What to resume from, with `auto` decided: `last` where there is a checkpoint, else None, a fresh start.
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run begins: the checkpoint to resume from, by any name that --resume_from_checkpoint takes, or None."""
+
+    resume_from_checkpoint: str | None = None
+    is_finished: bool = False
+
+
+def choose_beginning(config: TrainConfig) -> Beginning:
+    """With `auto` decided: `last` where there is a checkpoint, else a fresh start, or nothing to do any more.
 
     A new run needs a folder of its own, and `auto` may also begin again where a run was killed before its first
-    checkpoint. FINISHED when `auto` finds the run finished.
+    checkpoint.
 
     Raises:
         UsageError: --output_dir holds a run (with the command that resumes it) or anything else.
     """
     folder, which = Path(config.output_dir), config.resume_from_checkpoint
     if which not in (None, "auto"):
-        return which
+        return Beginning(which)
     if which == "auto":
         if (folder / "train_results.json").is_file():
-            return FINISHED
+            return Beginning(is_finished=True)
         if checkpoint.has_checkpoints(folder):
-            return "last"
+            return Beginning("last")
     if folder.exists():
         _refuse_occupied(folder, is_auto=which == "auto")
-    return None
+    return Beginning()
 
 
 def _refuse_occupied(folder: Path, is_auto: bool) -> None:

@@ -35,7 +35,7 @@ from hosts import check_hosts_agree, check_shared_folder
 from processes import RankStatus, naming_lost_processes, start_processes
 from progress import Progress, format_seconds
 from recovery import failing_by_name
-from run import FINISHED, Run, choose_beginning
+from run import Run, choose_beginning
 from runlog import report_line
 from schedule import learning_rate_at
 from scoring import OTHER_IS_OUT_OF_MEMORY, Evaluation, describe_limits, evaluate, rates, score_in_cuts
@@ -82,14 +82,14 @@ def begin(config: TrainConfig, accelerator: Accelerator) -> TrainConfig | None:
     status, is_first = RankStatus(accelerator, config.ddp_timeout), accelerator.is_main_process
     check_hosts_agree(status, config)
     check_shared_folder(status, is_first, Path(config.output_dir))
-    which = status.decide_first(is_first, lambda: choose_beginning(config))
-    if which == FINISHED:
+    beginning = status.decide_first(is_first, lambda: choose_beginning(config))
+    if beginning.is_finished:
         if is_first:
             print(f"finished already: {config.output_dir} holds train_results.json and model/")
         return None
     if config.demo_corpus:
         prepare_demo(config, accelerator)
-    return dataclasses.replace(config, resume_from_checkpoint=which)
+    return dataclasses.replace(config, resume_from_checkpoint=beginning.resume_from_checkpoint)
 
 
 def train(run: Run) -> None:

@@ -28,10 +28,11 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "be
 import numpy as np
 import torch
 from architectures import BASE, LARGE_960H
-from conftest import write_part
+from noise_clips import write_noise
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCTC
 
 import train
 from audio import SAMPLE_RATE_HZ
@@ -125,8 +126,6 @@ def computed(size: str, seconds: int, checkpointing: bool, in_bf16: bool) -> tup
     kind = fields.pop("model_type")
     lengths = [CLIP_SECONDS * SAMPLE_RATE_HZ] * (seconds // CLIP_SECONDS)
     lengths[-1] -= len(lengths) > 1
-    from transformers import AutoConfig, AutoModelForCTC
-
     with FakeTensorMode(), LiveBytes() as live:
         model = CTCModel(AutoModelForCTC.from_config(AutoConfig.for_model(kind, **fields))).train()
         model.freeze_feature_encoder()
@@ -176,7 +175,9 @@ def measure(size: str, seconds: int, checkpointing: bool) -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         folder = Path(name)
         rows = seconds // CLIP_SECONDS
-        write_clips(folder / "data", UPDATES * rows)
+        # Lengths differ by a few samples, so that batches are padded.
+        seconds_N = CLIP_SECONDS - np.arange(UPDATES * rows) / SAMPLE_RATE_HZ
+        write_noise(folder / "data", {"train": seconds_N, "dev": seconds_N[:1]})
         config = TrainConfig(
             data_dir=str(folder / "data"), output_dir=str(folder / "run"), model_config=model_fields(size),
             vocabulary="large_960h", per_device_train_batch_size=rows, max_steps=UPDATES,
@@ -203,18 +204,6 @@ def model_fields(size: str) -> dict[str, object]:
     """Of wav2vec2-base or -large as released, with a head of 32; no layer left out and nothing masked."""
     still = {"attention_dropout": 0.0, "layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
     return LARGE_960H.recipe | SIZES[size] | still
-
-
-def write_clips(folder: Path, count: int) -> None:
-    """Noise of 10 s each; lengths differ by a few samples, so that batches are padded."""
-    rng = np.random.default_rng(0)
-    for split, number in (("train", count), ("dev", 1)):
-        rows = []
-        for row in range(number):
-            samples = rng.normal(0, 1_000, CLIP_SECONDS * SAMPLE_RATE_HZ - row).astype(np.int16)
-            text = "".join(rng.choice(list("ABCDEFGH "), 14 * CLIP_SECONDS))
-            rows.append((f"{split}{row}", samples, text, f"s{row % 7}"))
-        write_part(folder / split / "part_1", rows)
 
 
 if __name__ == "__main__":

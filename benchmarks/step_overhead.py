@@ -22,15 +22,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-import numpy as np
 import torch
 import yaml
 from architectures import BASE, LARGE_960H
-from conftest import write_part
+from noise_clips import common_voice_seconds, write_noise
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 import train
-from audio import SAMPLE_RATE_HZ
 from config import TrainConfig
 from data import Batch, Update, training_loader
 from processes import start_processes
@@ -38,8 +36,6 @@ from run import Run
 
 BLOCK = 5
 CLIPS = 240
-MEAN_SECONDS, DEVIATION, LIMITS_SECONDS = 5.1, 0.35, (1.0, 12.0)
-LABELS_PER_SECOND = 14
 OFF = dict.fromkeys(
     ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop",
      "mask_time_prob", "mask_feature_prob"), 0.0,
@@ -76,7 +72,7 @@ def measure(size: str, updates: int) -> None:
     """Print the mean seconds of an update: ours, bare, and our share of waiting for data."""
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         folder = Path(name)
-        write_clips(folder / "data", CLIPS)
+        write_noise(folder / "data", {"train": common_voice_seconds(CLIPS), "dev": common_voice_seconds(4)})
         config = TrainConfig(
             data_dir=str(folder / "data"), output_dir=str(folder / "run"), model_config=model_config(size),
             vocabulary="large_960h", per_device_train_batch_size=BATCH_SIZES[size], max_steps=updates + 2 * BLOCK,
@@ -147,19 +143,6 @@ def model_config(size: str) -> dict[str, object]:
         recipe = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text(encoding="utf-8"))
         return recipe["model_config"] | OFF
     return LARGE_960H.recipe | BASE | OFF
-
-
-def write_clips(folder: Path, train: int, dev: int = 4) -> None:
-    """A training and a dev split of noise."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train), ("dev", dev)):
-        rows = []
-        for number in range(count):
-            seconds = np.clip(MEAN_SECONDS * np.exp(rng.normal(0, DEVIATION)), *LIMITS_SECONDS)
-            samples = rng.normal(0, 1_000, round(seconds * SAMPLE_RATE_HZ)).astype(np.int16)
-            text = "".join(rng.choice(list("ABCDEFGH "), round(seconds * LABELS_PER_SECOND)))
-            rows.append((f"{split}{number}", samples, " ".join(text.split()), f"s{number % 7}"))
-        write_part(folder / split / "part_1", rows)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,20 @@
 Same checkpoint (random weights; dropout and masks off, feature encoder frozen), same prepared clips of noise with
 Common Voice's distribution of lengths, same utterances per update, a process for each run, in turn. `as shipped` draws
 batches at random, `grouped` is `--train_sampling_strategy group_by_length`. Speed is seconds of audio per second over
-the second epoch; memory that of the process and its children (PSS); the first update counts from the start of the
-process, imports, checks and all (but of what train.py evaluates before its first update, which the Trainer does not,
-only four clips), and the resume is one behind three quarters of an epoch. Loss curves: both in the
-order of train.py, with its loss, on a model with layer norm (with group norm, padding changes what transformers
-computes), as the largest relative difference of the loss of an update.
+the second epoch; memory the anonymous one of the process and its children; the first update counts from the start of
+the process, imports, checks and all (but of what train.py evaluates before its first update, which the Trainer does
+not, only four clips), and the resume is one behind three quarters of an epoch. Loss curves: both in the order of
+train.py, with its loss, on a model with layer norm (with group norm, padding changes what transformers computes), as
+the largest relative difference of the loss of an update.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,8 +30,9 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "benchmarks")]
 
 import numpy as np
-import psutil
-from step_overhead import model_config, write_clips
+from noise_clips import common_voice_seconds, write_noise
+from prepare_memory import anonymous_bytes, process_tree
+from step_overhead import model_config
 
 from audio import SAMPLE_RATE_HZ
 from config import TrainConfig
@@ -114,7 +117,8 @@ def main() -> None:
         bench = Bench(
             folder, arguments.clips // arguments.batch_size, arguments.batch_size, arguments.precision == "bf16"
         )
-        write_clips(folder / "clips", arguments.clips, arguments.clips // 2)
+        sizes = {"train": arguments.clips, "dev": arguments.clips // 2}
+        write_noise(folder / "clips", {split: common_voice_seconds(size) for split, size in sizes.items()})
         make_checkpoint(folder / "checkpoint", model_config(arguments.size))
         convert(folder)
         print(
@@ -207,33 +211,18 @@ def _number(value: str) -> float | str:
 
 
 def watch_memory(process: subprocess.Popen, until: Callable[[], bool] | None) -> float:
-    """Wait for the end, or kill the process tree when the condition holds; the peak of its PSS in MB."""
-    peak, looked_at = 0, 0.0
+    """Wait for the end, or kill the process tree when the condition holds; the peak of its anonymous memory in MB."""
+    peak = 0
     while process.poll() is None:
         if until is not None and until():
-            for one in _tree(process.pid):
-                one.kill()
+            for pid in process_tree(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
             break
-        if time.monotonic() - looked_at > 5 * SECONDS_BETWEEN_LOOKS:
-            peak, looked_at = max(peak, sum(map(_pss, _tree(process.pid)))), time.monotonic()
+        peak = max(peak, sum(map(anonymous_bytes, process_tree(process.pid))))
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return peak / 1e6
-
-
-def _tree(pid: int) -> list[psutil.Process]:
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _pss(process: psutil.Process) -> int:
-    try:
-        return process.memory_full_info().pss
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return 0
 
 
 def make_checkpoint(folder: Path, fields: dict[str, object], **others: object) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
-from conftest import TINY_MODEL, make_rows, write_part
+from conftest import REPOSITORY, TINY_MODEL, make_rows, write_part
 from transformers import AutoConfig, Wav2Vec2FeatureExtractor
 
 import data
@@ -794,3 +794,15 @@ def resident_bytes(path: Path) -> int:
         pytest.skip("needs the program fincore")
     shown = subprocess.run(["fincore", "--bytes", "--noheadings", "--output", "RES", path], capture_output=True)
     return int(shown.stdout)
+
+
+def test_reading_imports_no_pandas(prepared: Path) -> None:
+    """pyarrow does for its numpy conversions: half a second before the first update, and again in every worker."""
+    code = (
+        "import sys; import numpy as np; from data import ShardDataset; found = ShardDataset(sys.argv[1]); found[0]; "
+    )
+    code += "list(found.column('id', np.array([0, 2]))); found.numpy_column('rms'); print('pandas' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, prepared / "train"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
