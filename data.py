@@ -146,9 +146,8 @@ class ShardDataset(Dataset):
         batches = np.flatnonzero(np.diff(bounds))
         for batch, values in zip(batches, self._read(batches, (name,)), strict=True):
             wanted = rows[bounds[batch] : bounds[batch + 1]] - self._batch_starts[batch]
-            column = values.column(0)
-            # Of a list: of a numpy array, pyarrow imports pandas first.
-            yield from (column if len(wanted) == len(column) else column.take(pa.array(wanted.tolist()))).to_pylist()
+            of_batch = values.column(0).to_pylist()  # Arrow's own `take` wants an array, whose making imports pandas.
+            yield from (of_batch[row] for row in wanted.tolist())
 
     def numpy_column(self, name: str) -> np.ndarray:
         """The values of a numeric column in row order, [N]; not to be changed.

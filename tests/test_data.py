@@ -797,7 +797,7 @@ def resident_bytes(path: Path) -> int:
 
 
 def test_reading_imports_no_pandas(prepared: Path) -> None:
-    """pyarrow does for its numpy conversions: half a second before the first update, and again in every worker."""
+    """Arrow does for its numpy conversions: half a second before the first update, and again in every worker."""
     code = (
         "import sys; import numpy as np; from data import ShardDataset; found = ShardDataset(sys.argv[1]); found[0]; "
     )
