@@ -1,12 +1,14 @@
 """What a run is made of before its first step: data, model, optimizer, plan. Nothing here writes into a run."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
+from augment import Augmenter
 from cache import FactCache
 from config import TrainConfig
 from data import Batch, BatchPlan, Collator, CutSettings, ShardDataset, has_utterances
@@ -14,10 +16,11 @@ from errors import UsageError
 from hosts import check_same
 from memory import Passes, Shape, evaluation_mode
 from metrics import score_batch
-from model import forward_with_loss, optimizer_groups
+from model import Objective, forward_with_loss, is_of_head, optimizer_groups
 from overlap import find_overlap
 from pretrained import load_model
 from processes import RankStatus, SharedGradients, check_same_on_all_ranks, choose_loading_processes, main_first
+from schedule import Schedule
 from selection import draw_subset, select_training_rows
 from sharding import ShardedGradients, asks_for_sharding, is_sharded, shard, whole
 from slices import Trained, draw_stratified
@@ -46,6 +49,8 @@ class Assembly:
                 "--max_batch_seconds auto with FSDP: processes that run out of memory at different sizes would wait "
                 "for each other; give a number of seconds"
             )
+        if self.is_sharded and config.freeze_encoder_steps:
+            raise UsageError("--freeze_encoder_steps with FSDP is not possible: leave it out, or train without FSDP")
         self.use_budget(None if config.max_batch_seconds == "auto" else config.max_batch_seconds)
 
     def _open_data(self) -> None:
@@ -74,22 +79,33 @@ class Assembly:
             self.loaded.processor.feature_extractor.do_normalize,
             self.hf_config,
             config.seed,
+            has_two_views=config.consistency_weight > 0,
         )
         self.model = self.loaded.model.to(device)
         check_same_on_all_ranks(self.accelerator, self.model)
         if asks_for_sharding():
             shard(self.model, self.accelerator)
-        groups = optimizer_groups(self.model, config.weight_decay)
+        self.objective = Objective(config.label_smoothing, config.consistency_weight)
+        head_lr_scale = (config.head_learning_rate or config.learning_rate) / config.learning_rate
+        groups = optimizer_groups(self.model, config.weight_decay, config.layer_lr_decay, head_lr_scale)
         # The fused step leaves weights and moments alone when `found_inf` says so, without waiting for the device.
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.gradients = ShardedGradients(trained) if self.is_sharded else SharedGradients(trained)
+        self._is_encoder_frozen = False
         if self.accelerator.scaler is not None:
             # A rank whose cut is empty scales no loss, and unscaling needs the scale on its device.
             self.accelerator.scaler.scale(torch.zeros((), device=device))
         self.leave_out_next_step(torch.ones((), device=device))
         optimizer.step()  # Makes the moments, so that their memory is counted before step 1.
+
+    def freeze_encoder(self, is_frozen: bool) -> None:
+        """Let the output layer alone learn, or all that is trained (again)."""
+        if is_frozen != self._is_encoder_frozen:
+            head = {parameter for name, parameter in self.model.named_parameters() if is_of_head(name)}
+            self.gradients.freeze(lambda parameter: is_frozen and parameter not in head)
+            self._is_encoder_frozen = is_frozen
 
     def leave_out_next_step(self, is_left_out: torch.Tensor) -> None:
         """Make the fused optimizer skip its next step where `is_left_out` is 1, as a loss scaler would."""
@@ -108,6 +124,15 @@ class Assembly:
             self.overlap = find_overlap(self.sets, cache)
         self.selection = select_training_rows(self.train_set, config, self.texts["train"], self.overlap, self.hf_config)
         self.num_labels = self.selection.num_labels
+        augmenter = Augmenter.of(
+            config,
+            config.seed,
+            self.train_set,
+            self.selection.rows,
+            self.texts["train"].required_frames,
+            self.hf_config,
+        )
+        self.collate = replace(self.collate, augmenter=augmenter)
         candidates = self.selection.rows if config.eval_split == "train" else np.arange(len(self.eval_set))
         self.eval_rows = candidates
         if config.max_eval_samples is not None and config.max_eval_samples < len(candidates):
@@ -144,6 +169,7 @@ class Assembly:
         self.total_steps = config.max_steps
         if self.total_steps == -1:
             self.total_steps = max(1, round(config.num_train_epochs * self.plan.updates_per_epoch))
+        self.schedule = Schedule.of(config, self.total_steps)
 
     def use_budget(self, max_batch_seconds: float | None) -> None:
         """Cut updates and evaluations by padded seconds of audio, or by count (None): `cut` and `eval_cut`."""
@@ -165,11 +191,18 @@ class Assembly:
             device=self.accelerator.device,
             bytes_per_value=4 if self.accelerator.mixed_precision == "no" else 2,
             is_divided=self.is_sharded,
+            has_two_views=self.collate.has_two_views,
         )
+
+    @property
+    def training_lengths(self) -> np.ndarray:
+        """The most samples that each training utterance can have, [N], augmented ones included."""
+        augmenter = self.collate.augmenter
+        return self.plan.num_samples if augmenter is None else augmenter.longest(self.plan.num_samples)
 
     def _train_pass(self, batch: Batch) -> None:
         self.model.train()
-        self.accelerator.backward(self.forward(batch)[2].sum())
+        self.accelerator.backward(self.training_losses(batch)[1].sum())
 
     def pass_nothing(self) -> None:
         """A forward and a backward pass that add nothing: a process with less to do than another goes along (FSDP)."""
@@ -181,6 +214,11 @@ class Assembly:
         with whole(self.model), evaluation_mode(self.model):
             logits_BTV, frame_lengths_B, _ = self.forward(batch)
             score_batch(logits_BTV, frame_lengths_B, self.vocabulary, batch.texts, batch.raw_texts)
+
+    def training_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The CTC loss per utterance, loss_B, and what is minimised, objective_B, in the launcher's precision."""
+        with self.accelerator.autocast():
+            return self.objective.losses(self.model, batch.to(self.accelerator.device), self.vocabulary.blank_id)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, in the launcher's precision."""

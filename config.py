@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from errors import UsageError
+from levers import Augmentation, Rates, Regularisation
 from text import DEFAULT_RULES
 
 Config = TypeVar("Config")
@@ -95,8 +96,8 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of train.py. Every interval counts optimizer steps; precision and processes belong to the launcher."""
+class RunSettings:
+    """What a run reads and writes, its length, and how it is cut."""
 
     data_dir: str = ""
     """Folder that prepare.py wrote."""
@@ -154,14 +155,6 @@ class TrainConfig:
     """Processes per rank that load and pad ahead of the loop; -1 chooses (1 without a GPU, else up to 4, by the cores);
     0 loads in the training process (for pdb)."""
 
-    learning_rate: float = 3e-4
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay; none on biases and norms."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after warm-up: to zero linearly, by a half cosine, or not at all."""
     num_train_epochs: float = 3.0
     """Passes over the training utterances."""
     max_steps: int = -1
@@ -205,10 +198,7 @@ class TrainConfig:
 
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
-        found = []
-        for name, meaning in self.needed_folders.items():
-            if not getattr(self, name):
-                found.append(f"--{name} is missing: name {meaning}")
+        found = _missing(self, self.needed_folders)
         if (self.model_name_or_path is None) == (self.model_config is None):
             found.append("give either --model_name_or_path or, in the YAML file, model_config")
         if self.model_config is not None and "model_type" not in self.model_config:
@@ -226,11 +216,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}, at least 1 is needed")
-        for name in ("warmup_steps", "weight_decay", "min_duration_in_seconds"):
-            if getattr(self, name) < 0:
-                found.append(f"--{name} is {getattr(self, name)}, it cannot be negative")
+        if self.min_duration_in_seconds < 0:
+            found.append(f"--min_duration_in_seconds is {self.min_duration_in_seconds}, it cannot be negative")
         found += _worker_errors("dataloader_num_workers", self.dataloader_num_workers)
-        for name in ("learning_rate", "max_grad_norm", "num_train_epochs", "max_duration_in_seconds"):
+        for name in ("max_grad_norm", "num_train_epochs", "max_duration_in_seconds"):
             if not getattr(self, name) > 0:
                 found.append(f"--{name} is {getattr(self, name)}, it must be above 0")
         for name in ("max_train_samples", "max_eval_samples", "max_batch_seconds", "memory_limit_mb", "max_hours"):
@@ -249,6 +238,16 @@ class TrainConfig:
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
+
+
+@dataclass(frozen=True)
+class TrainConfig(Augmentation, Regularisation, Rates, RunSettings):
+    """Settings of train.py. Every interval counts optimizer steps; precision and processes belong to the launcher."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        levers = self.rate_errors() + self.regularisation_errors() + self.augmentation_errors()
+        return super().errors() + levers
 
 
 @dataclass(frozen=True)

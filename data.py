@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from audio import INT16_STEP, SAMPLE_RATE_HZ
+from augment import Augmenter
 from errors import UsageError
 from integrity import (
     Damage,
@@ -46,6 +47,10 @@ UPDATES_PER_BUCKET = 64
 EVENNESS = 0.02
 # Same constant as transformers' Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm.
 VARIANCE_FLOOR = 1e-7
+TIME_MASKS = ("time_mask_BT", "other_time_mask_BT")
+MASKS = (*TIME_MASKS, "feature_mask_BH", "other_feature_mask_BH")
+# Streams of draws: of an utterance's masks, and of those of its second view. Augmentation has others, see augment.py.
+FIRST_VIEW, SECOND_VIEW = 0, 7
 
 
 @dataclass(frozen=True)
@@ -395,6 +400,7 @@ class Batch:
         label_lengths_B: int64 number of labels per row.
         time_mask_BT: frames to mask in training, or None.
         feature_mask_BH: features to mask in training, or None.
+        other_time_mask_BT, other_feature_mask_BH: of the second view in consistency training, else None.
     """
 
     ids: list[str]
@@ -408,6 +414,8 @@ class Batch:
     label_lengths_B: torch.Tensor
     time_mask_BT: torch.Tensor | None = None
     feature_mask_BH: torch.Tensor | None = None
+    other_time_mask_BT: torch.Tensor | None = None
+    other_feature_mask_BH: torch.Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -436,9 +444,10 @@ class Batch:
             return self
         samples = int(self.sample_lengths_B[start:stop].max())
         label_ends = [0, *self.label_lengths_B.cumsum(0).tolist()]
-        masked = self.time_mask_BT is not None
-        # As many frames of the mask as the shorter rows have; which those are is known where it was drawn.
-        frames = int(self.frame_lengths_B[start:stop].max()) if masked else 0
+        # As many frames of the masks as the shorter rows have; which those are is known where they were drawn.
+        frames = int(self.frame_lengths_B[start:stop].max())
+        masks = {name: getattr(self, name) for name in MASKS if getattr(self, name) is not None}
+        masks = {name: mask[start:stop, : frames if name in TIME_MASKS else None] for name, mask in masks.items()}
         return replace(
             self,
             ids=self.ids[start:stop],
@@ -450,15 +459,14 @@ class Batch:
             frame_lengths_B=self.frame_lengths_B[start:stop],
             labels_L=self.labels_L[label_ends[start] : label_ends[stop]],
             label_lengths_B=self.label_lengths_B[start:stop],
-            time_mask_BT=self.time_mask_BT[start:stop, :frames] if masked else None,
-            feature_mask_BH=None if self.feature_mask_BH is None else self.feature_mask_BH[start:stop],
+            **masks,
         )
 
     def to(self, device: torch.device) -> "Batch":
         """The tensors that the model reads, on `device`; lengths stay on the CPU, where they steer the shapes."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_values_BS", "labels_L", "time_mask_BT", "feature_mask_BH")
+            for name in ("input_values_BS", "labels_L", *MASKS)
             if getattr(self, name) is not None
         }
         return replace(self, **moved)
@@ -471,7 +479,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collator:
-    """Turn utterances into a `Batch`: labels, waveform scaling, padding and SpecAugment masks.
+    """Turn utterances into a `Batch`: labels, augmentation, waveform scaling, padding and SpecAugment masks.
 
     Attributes:
         normalizer: text rules of the run.
@@ -479,6 +487,8 @@ class Collator:
         do_normalize: zero mean and unit variance per utterance, as the checkpoint's feature extractor says.
         hf_config: configuration of the encoder, for frame counts and masks.
         seed: masks are a function of (seed, epoch, row), whatever the cut.
+        augmenter: changes waveforms in training; None for none.
+        has_two_views: masks are drawn twice, for consistency training.
     """
 
     normalizer: TextNormalizer
@@ -486,18 +496,34 @@ class Collator:
     do_normalize: bool
     hf_config: object
     seed: int
+    augmenter: Augmenter | None = None
+    has_two_views: bool = False
 
-    def __call__(self, utterances: list[Utterance], rows: np.ndarray, epoch: int | None = None) -> Batch:
-        """Pad `utterances`, found at `rows` of the dataset; masks are drawn where `epoch` is given (training)."""
+    def __call__(
+        self,
+        utterances: list[Utterance],
+        rows: np.ndarray,
+        epoch: int | None = None,
+        copies: np.ndarray | None = None,
+    ) -> Batch:
+        """Pad `utterances`, found at `rows` of the dataset.
+
+        Augmented and masked where `epoch` is given (training); `copies` says how often each came before in the epoch.
+        """
         texts = [self.normalizer(utterance.text) for utterance in utterances]
         labels = [self.vocabulary.encode(text) for text in texts]
-        lengths = [len(utterance.audio) for utterance in utterances]
+        copies = np.zeros(len(rows), np.int64) if copies is None else copies
+        signals = [utterance.audio.astype(np.float32) * np.float32(INT16_STEP) for utterance in utterances]
+        if epoch is not None and self.augmenter is not None:
+            places = zip(signals, rows.tolist(), copies.tolist(), strict=True)
+            signals = [self.augmenter(signal_S, row, epoch, copy) for signal_S, row, copy in places]
+        lengths = [len(signal_S) for signal_S in signals]
         padded = np.zeros((len(utterances), max(lengths)), np.float32)
-        for row, utterance in zip(padded, utterances, strict=True):
-            row[: len(utterance.audio)] = self._scale(utterance.audio)
+        for row, signal_S in zip(padded, signals, strict=True):
+            row[: len(signal_S)] = self._scale(signal_S)
         kernels, strides = self.hf_config.conv_kernel, self.hf_config.conv_stride
         frames = [num_frames(length, kernels, strides) for length in lengths]
-        time_mask, feature_mask = (None, None) if epoch is None else self._masks(frames, rows, epoch)
+        masks = {} if epoch is None else self._masks(frames, rows, epoch, copies)
         return Batch(
             ids=[utterance.id for utterance in utterances],
             rows=rows,
@@ -508,18 +534,31 @@ class Collator:
             frame_lengths_B=torch.tensor(frames),
             labels_L=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
             label_lengths_B=torch.tensor([len(row) for row in labels]),
-            time_mask_BT=time_mask,
-            feature_mask_BH=feature_mask,
+            **masks,
         )
 
-    def _scale(self, audio: np.ndarray) -> np.ndarray:
-        samples = audio.astype(np.float32) * np.float32(INT16_STEP)
+    def lengths(self, rows: np.ndarray, num_samples: np.ndarray, epoch: int, copies: np.ndarray) -> np.ndarray:
+        """Samples that training utterances of `num_samples` will have, [N]: known before any is read."""
+        return num_samples if self.augmenter is None else self.augmenter.lengths(rows, epoch, copies)
+
+    def _scale(self, signal_S: np.ndarray) -> np.ndarray:
         if self.do_normalize:
-            samples = (samples - samples.mean()) / np.sqrt(samples.var() + VARIANCE_FLOOR)
-        return samples
+            signal_S = (signal_S - signal_S.mean()) / np.sqrt(signal_S.var() + VARIANCE_FLOOR)
+        return signal_S
 
     def _masks(
-        self, frames: list[int], rows: np.ndarray, epoch: int
+        self, frames: list[int], rows: np.ndarray, epoch: int, copies: np.ndarray
+    ) -> dict[str, torch.Tensor | None]:
+        """The fields of a Batch that hold masks."""
+        time_mask, feature_mask = self._draw(frames, rows, epoch, copies, FIRST_VIEW)
+        masks = {"time_mask_BT": time_mask, "feature_mask_BH": feature_mask}
+        if self.has_two_views:
+            time_mask, feature_mask = self._draw(frames, rows, epoch, copies, SECOND_VIEW)
+            masks |= {"other_time_mask_BT": time_mask, "other_feature_mask_BH": feature_mask}
+        return masks
+
+    def _draw(
+        self, frames: list[int], rows: np.ndarray, epoch: int, copies: np.ndarray, stream: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         config = self.hf_config
         masks_time = config.mask_time_prob > 0
@@ -528,8 +567,9 @@ class Collator:
             return None, None
         time_mask = np.zeros((len(frames), max(frames)), bool)
         feature_mask = np.zeros((len(frames), config.hidden_size), bool)
-        for index, (frame_count, row) in enumerate(zip(frames, rows, strict=True)):
-            rng = np.random.default_rng([self.seed, epoch, int(row)])
+        for index, (frame_count, row, copy) in enumerate(zip(frames, rows, copies, strict=True)):
+            # The first view of a first copy has the draws of [seed, epoch, row]: numpy fills up with zeros.
+            rng = np.random.default_rng([self.seed, epoch, int(row), int(copy), stream][: None if stream else 4])
             time_mask[index, :frame_count], feature_mask[index] = draw_masks(
                 frame_count, config.hidden_size, config, rng
             )
@@ -587,17 +627,19 @@ class _Updates(Dataset):
 
     def __getitem__(self, planned: tuple[int, int, np.ndarray]) -> Update:
         step, epoch, positions = planned
+        rows, copies = self.plan.rows[positions], np.zeros(len(positions), np.int64)
         cuts = cut_update(
-            self.plan.num_samples[positions],
+            self.collate.lengths(rows, self.plan.num_samples[positions], epoch, copies),
             self.cut.num_processes,
             self.cut.max_utterances,
             self.cut.max_batch_samples,
         )
         micro_batches = []
         for of_rank in cuts:
-            rows = self.plan.rows[positions[of_rank[self.cut.rank]]]
-            if len(rows):
-                micro_batches.append(self.collate([self.dataset[int(row)] for row in rows], rows, epoch))
+            own = of_rank[self.cut.rank]
+            if len(own):
+                utterances = [self.dataset[int(row)] for row in rows[own]]
+                micro_batches.append(self.collate(utterances, rows[own], epoch, copies[own]))
         return Update(step, epoch, int(self.num_labels[positions].sum()), len(positions), micro_batches)
 
 

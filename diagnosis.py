@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schedule import learning_rate_at
+from schedule import Schedule
 
 Row = Mapping[str, float | str | None]
 
@@ -63,12 +63,24 @@ class Facts:
 
     deaf_loss: float
     """Of the dev set, nats per label; 0 when it has no labels."""
-    learning_rate: float
-    warmup_steps: int
-    lr_scheduler_type: str
-    total_steps: int
+    schedule: Schedule
     hears_level: bool
     """Whether level and offset of the audio reach the encoder; a group norm over the first convolution removes both."""
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak."""
+        return self.schedule.peak
+
+    @property
+    def warmup_steps(self) -> int:
+        """Of the schedule."""
+        return self.schedule.warmup_steps
+
+    @property
+    def total_steps(self) -> int:
+        """Of the run."""
+        return self.schedule.total_steps
 
 
 @dataclass(frozen=True)
@@ -384,10 +396,7 @@ def remark(history: Sequence[Row], facts: Facts) -> tuple[str | None, list[str]]
 def _full_rate_updates(start: int, stop: int, facts: Facts) -> float:
     """Sum of the learning rate over the updates start .. stop - 1, in units of its peak."""
     steps = np.unique(np.linspace(start, max(stop - 1, start), 200).astype(int))
-    rates = [
-        learning_rate_at(int(step), facts.lr_scheduler_type, 1.0, facts.warmup_steps, facts.total_steps)
-        for step in steps
-    ]
+    rates = [facts.schedule.rate_at(int(step)) / facts.schedule.peak for step in steps]
     return float(np.mean(rates)) * (stop - start)
 
 

@@ -10,6 +10,8 @@ masks come from numpy's global state.
 
 import contextlib
 import functools
+import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,6 +126,45 @@ def ctc_loss_sum(
         )
 
 
+def smoothing_sum(logits_BTV: Tensor, frame_lengths_B: Tensor) -> Tensor:
+    """Divergence of the uniform distribution from each frame's, KL(uniform || p_t) in nats, summed over the frames.
+
+    Label smoothing for CTC: Kim, Seltzer, Li and Zhao, https://arxiv.org/abs/1711.02212.
+
+    Returns:
+        kl_B, fp32.
+    """
+    log_probs_BTV = _log_probs(logits_BTV)
+    return _over_valid_frames(-math.log(log_probs_BTV.shape[-1]) - log_probs_BTV.mean(dim=-1), frame_lengths_B)
+
+
+def consistency_sum(one_BTV: Tensor, other_BTV: Tensor, frame_lengths_B: Tensor) -> Tensor:
+    """Divergence between the posteriors of two views of the same utterances, in nats, summed over the frames.
+
+    L_CR of CR-CTC (Yao et al., https://arxiv.org/abs/2410.05101, equation 5): 1/2 sum_t KL(sg(b_t) || a_t) +
+    KL(sg(a_t) || b_t), where no gradient flows into sg(), the target.
+
+    Returns:
+        kl_B, fp32.
+    """
+    one_BTV, other_BTV = _log_probs(one_BTV), _log_probs(other_BTV)
+    kl_BTV = _kl(other_BTV.detach(), one_BTV) + _kl(one_BTV.detach(), other_BTV)
+    return _over_valid_frames(0.5 * kl_BTV.sum(dim=-1), frame_lengths_B)
+
+
+def _log_probs(logits_BTV: Tensor) -> Tensor:
+    with torch.autocast(logits_BTV.device.type, enabled=False):
+        return F.log_softmax(logits_BTV.float(), dim=-1)
+
+
+def _kl(target_BTV: Tensor, log_probs_BTV: Tensor) -> Tensor:
+    return F.kl_div(log_probs_BTV, target_BTV, reduction="none", log_target=True)
+
+
+def _over_valid_frames(value_BT: Tensor, frame_lengths_B: Tensor) -> Tensor:
+    return value_BT.masked_fill(~_valid(frame_lengths_B, value_BT.shape[1], value_BT.device), 0.0).sum(dim=1)
+
+
 def forward_with_loss(model: "CTCModel", batch: "Batch", blank_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, of one micro-batch on the model's device."""
     logits_BTV, frame_lengths_B = model(
@@ -133,15 +174,70 @@ def forward_with_loss(model: "CTCModel", batch: "Batch", blank_id: int) -> tuple
     return logits_BTV, frame_lengths_B, loss_B
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises: the CTC loss, or (1 - smoothing) of it, with what the weights below add.
+
+    Attributes:
+        label_smoothing: weight of `smoothing_sum`.
+        consistency_weight: of `consistency_sum`; above 0 each utterance passes in two views, whose CTC losses and
+            smoothing are averaged.
+    """
+
+    label_smoothing: float = 0.0
+    consistency_weight: float = 0.0
+
+    @property
+    def num_views(self) -> int:
+        """Passes of an utterance through the layers."""
+        return 2 if self.consistency_weight > 0 else 1
+
+    def losses(self, model: "CTCModel", batch: "Batch", blank_id: int) -> tuple[Tensor, Tensor]:
+        """Of each utterance of a micro-batch: loss_B, CTC alone, and objective_B, which has the gradient."""
+        if self.num_views == 1:
+            logits_BTV, frame_lengths_B, loss_B = forward_with_loss(model, batch, blank_id)
+            return loss_B, self._smoothed(loss_B, logits_BTV, frame_lengths_B)
+        views = _forward_two_views(model, batch)
+        frame_lengths_B = batch.frame_lengths_B
+        losses = [
+            ctc_loss_sum(logits_BTV, frame_lengths_B, batch.labels_L, batch.label_lengths_B, blank_id)
+            for logits_BTV in views
+        ]
+        objectives = [
+            self._smoothed(loss_B, logits_BTV, frame_lengths_B)
+            for loss_B, logits_BTV in zip(losses, views, strict=True)
+        ]
+        between_B = consistency_sum(*views, frame_lengths_B)
+        return 0.5 * sum(losses), 0.5 * sum(objectives) + self.consistency_weight * between_B
+
+    def _smoothed(self, loss_B: Tensor, logits_BTV: Tensor, frame_lengths_B: Tensor) -> Tensor:
+        if not self.label_smoothing:
+            return loss_B
+        share = self.label_smoothing
+        return (1 - share) * loss_B + share * smoothing_sum(logits_BTV, frame_lengths_B)
+
+
+def _forward_two_views(model: "CTCModel", batch: "Batch") -> tuple[Tensor, Tensor]:
+    """logits_BTV of each; the convolutions, which know of no mask, see an utterance once."""
+    pairs = (batch.time_mask_BT, batch.other_time_mask_BT), (batch.feature_mask_BH, batch.other_feature_mask_BH)
+    masks = [None if pair[0] is None else torch.cat(pair) for pair in pairs]
+    logits, _ = model(batch.input_values_BS, batch.sample_lengths_B, *masks, num_views=2)
+    return logits.chunk(2)
+
+
 # --- The model -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the inner modules must know of the batch that passes through them."""
+    """What the inner modules must know of the batch that passes through them.
+
+    Behind the convolutions B rows are `num_views` times as many, view by view; the tensors have those.
+    """
 
     num_samples: list[int]
     is_padded: bool
+    num_views: int
     valid_BT: Tensor
     time_mask_BT: Tensor | None
     feature_mask_BH: Tensor | None
@@ -244,6 +340,7 @@ class CTCModel(nn.Module):
         encoder._mask_hidden_states = self._mask_hidden_states
         # Asks for a gradient of the waveform, which only reentrant checkpointing would need.
         encoder.feature_extractor._requires_grad = False
+        encoder.feature_extractor.register_forward_hook(self._repeat_for_views)
         self._install_valid_group_norm(encoder.feature_extractor.conv_layers)
         self._install_padding_guards(encoder)
         self._install_attention_masks(encoder.encoder.layers)
@@ -281,6 +378,10 @@ class CTCModel(nn.Module):
         for layer in layers:
             layer.register_forward_pre_hook(add_mask, with_kwargs=True)
 
+    def _repeat_for_views(self, _: nn.Module, __: tuple[Tensor], features_BCT: Tensor) -> Tensor:
+        batch = self._passing.batch
+        return features_BCT if batch is None or batch.num_views == 1 else features_BCT.repeat(batch.num_views, 1, 1)
+
     def _silence_padding(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         batch = self._passing.batch
         if batch is None or not batch.is_padded:
@@ -317,6 +418,7 @@ class CTCModel(nn.Module):
         sample_lengths_B: Tensor | Sequence[int],
         time_mask_BT: Tensor | None = None,
         feature_mask_BH: Tensor | None = None,
+        num_views: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Compute the logits.
 
@@ -325,6 +427,8 @@ class CTCModel(nn.Module):
             sample_lengths_B: valid samples per row, on the CPU or as a list (on a GPU they cost a synchronisation).
             time_mask_BT: bool, frames to replace by the mask embedding (draw_masks).
             feature_mask_BH: bool, features to set to zero.
+            num_views: how often each row passes through the layers; masks and logits have the rows of the first view,
+                then those of the second.
 
         Returns:
             logits_BTV, and frame_lengths_B: valid frames per row, int64 on the CPU. Logits behind them mean nothing.
@@ -340,7 +444,8 @@ class CTCModel(nn.Module):
         batch = _Batch(
             num_samples=lengths,
             is_padded=min(lengths) < samples,
-            valid_BT=_valid(frame_lengths_B, frames, input_values_BS.device),
+            num_views=num_views,
+            valid_BT=_valid(frame_lengths_B, frames, input_values_BS.device).repeat(num_views, 1),
             time_mask_BT=time_mask_BT,
             feature_mask_BH=feature_mask_BH,
         )
@@ -387,12 +492,44 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trained, sum(parameter.numel() for parameter in model.parameters()) - trained
 
 
-def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for AdamW: matrices and kernels decay; biases, norms and gains do not."""
-    decayed, free = [], []
+def optimizer_groups(
+    model: nn.Module, weight_decay: float, layer_lr_decay: float = 1.0, head_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW: matrices and kernels decay; biases, norms and gains do not.
+
+    Args:
+        model: whose trained parameters are grouped.
+        weight_decay: of those that decay.
+        layer_lr_decay: d; of n layers, layer i (from 1) learns at d^(n + 1 - i) of the rate and what lies before
+            them at d^(n + 1), as in ELECTRA's fine-tuning (https://arxiv.org/abs/2003.10555).
+        head_lr_scale: rate of the output layer over the others'.
+
+    Returns:
+        Groups with `lr_scale`, the share of the schedule's rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_gain = parameter.ndim <= 1 or name.endswith(GAIN_NAMES)
-            (free if is_gain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            scale = head_lr_scale if is_of_head(name) else layer_lr_decay ** _layers_above(model, name)
+            groups.setdefault((scale, is_gain), []).append(parameter)
+    return [
+        {"params": groups[scale, is_gain], "weight_decay": 0.0 if is_gain else weight_decay, "lr_scale": scale}
+        for scale, is_gain in sorted(groups, key=lambda key: (-key[0], key[1]))
+    ]
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a parameter of a CTCModel belongs to the output layer."""
+    return name.removeprefix("hf.").startswith("lm_head.")
+
+
+def _layers_above(model: nn.Module, name: str) -> int:
+    """Layers from the one of this parameter up to the output layer, which is counted; at least 1."""
+    layers = len(model.hf.base_model.encoder.layers)
+    found = re.search(r"\.encoder\.layers\.(\d+)\.", name)
+    if found:
+        return layers - int(found.group(1))
+    # The encoder's own norm stands behind the layers or before them.
+    is_behind = ".encoder.layer_norm." in name and getattr(model.hf.config, "do_stable_layer_norm", False)
+    return 1 if is_behind else layers + 1

@@ -335,7 +335,7 @@ def write_report(folder: Path, report: Report, assembly: "Assembly") -> None:
 
 
 def _training_shapes(assembly: "Assembly", cut: CutSettings) -> list[Shape]:
-    return heaviest_shapes(assembly.plan.num_samples, assembly.plan.utterances_per_update, cut)
+    return heaviest_shapes(assembly.training_lengths, assembly.plan.utterances_per_update, cut)
 
 
 def _evaluation_shapes(assembly: "Assembly", cut: CutSettings) -> list[Shape]:
@@ -378,7 +378,7 @@ def _find_budget(
 
     With it the batches that were run under it, by whether they are of the training.
     """
-    lengths = assembly.plan.num_samples
+    lengths = assembly.training_lengths
     usable = usable_bytes(limit, base)
     measured: dict[bool, list[Probe]] = {}
 
@@ -418,7 +418,7 @@ def _memory_remedy(assembly: "Assembly", limit: float, is_training: bool, fits: 
 
 def _single_clip_remedy(assembly: "Assembly", is_training: bool) -> str:
     if is_training:
-        longest = int(assembly.plan.num_samples.max()) / SAMPLE_RATE_HZ
+        longest = int(assembly.training_lengths.max()) / SAMPLE_RATE_HZ
         checkpointing = "" if assembly.config.gradient_checkpointing else "--gradient_checkpointing, "
         return f"one clip of {longest:.1f} s is too much: {checkpointing}a lower --max_duration_in_seconds, more memory"
     sets = [assembly.eval_set] + ([assembly.test_set] if assembly.test_set is not None else [])

@@ -124,7 +124,7 @@ def load_recogniser(name: str) -> LoadedModel:
 def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
     folder = find_checkpoint_folder(config.model_name_or_path)
     hf_config = _read_config(folder)
-    _override(hf_config, config.model_overrides or {}, "model_overrides")
+    _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
     _check_architecture(hf_config, folder)
     has_weights = [name for name in WEIGHT_FILES if (folder / name).is_file()]
     if not has_weights:
@@ -154,7 +154,7 @@ def _build_from_config(config: "TrainConfig", training_texts: Callable[[], Itera
     fields = dict(config.model_config)
     hf_config = CONFIG_MAPPING[_known_family(fields.pop("model_type", None), "model_config")]()
     _override(hf_config, fields, "model_config")
-    _override(hf_config, config.model_overrides or {}, "model_overrides")
+    _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
     _check_architecture(hf_config, "model_config")
     labels, notes = _choose_vocabulary(config, None, training_texts)
     tokenizer = build_tokenizer(labels)

@@ -283,10 +283,20 @@ class SharedGradients:
             device=parameters[0].device,
         )
         self.buffer = self._packed[:-1]
-        start = 0
+        self._views, start = {}, 0
         for parameter in parameters:
-            parameter.grad = self.buffer[start : start + parameter.numel()].view_as(parameter)
+            self._views[parameter] = self.buffer[start : start + parameter.numel()].view_as(parameter)
+            parameter.grad = self._views[parameter]
             start += parameter.numel()
+
+    def freeze(self, is_frozen: Callable[[nn.Parameter], bool]) -> None:
+        """Which of the parameters stand still from now on: without a gradient the optimizer passes them over.
+
+        Their gradients are computed no more, which saves the time of it; the moments stay as they are.
+        """
+        for parameter, view in self._views.items():
+            parameter.requires_grad_(not is_frozen(parameter))
+            parameter.grad = view if parameter.requires_grad else None
 
     def zero(self) -> None:
         """Forget the last update."""
@@ -302,7 +312,7 @@ class SharedGradients:
             for piece in self._packed.split(NUMBERS_PER_REDUCTION):
                 torch.distributed.all_reduce(piece)
         loss = self._packed[-1].clone()
-        self.parameters[0].grad.add_(0.0 * loss)
+        next(parameter for parameter in self.parameters if parameter.grad is not None).grad.add_(0.0 * loss)
         return loss
 
     def clip(self, accelerator: Accelerator, max_norm: float) -> torch.Tensor:

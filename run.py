@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import card
 import checkpoint
 import diagnosis
+import levers
 import preflight
 import roundtrip
 import runlog
@@ -44,7 +45,6 @@ from pretrained import save_model
 from processes import describe_processes
 from progress import Progress, say
 from recovery import Cuts
-from schedule import learning_rate_at
 from scoring import Evaluation, describe_limits, rates
 from selection import draw_subset
 from sharding import gather_tensors, load_weights, weights_of, whole
@@ -161,12 +161,9 @@ class Run(Assembly):
 
     def _identity(self) -> dict[str, object]:
         """What decides the meaning of a run: its data, its texts, its model, the order and size of its steps."""
-        config = self.config
+        config, augmenter = self.config, self.collate.augmenter
         sets = {"train": self.train_set, "evaluation": self.eval_set, "test": self.test_set}
-        settings = (
-            "seed num_train_epochs max_steps learning_rate warmup_steps lr_scheduler_type weight_decay max_grad_norm "
-            "freeze_feature_encoder max_eval_samples"
-        )
+        settings = "seed num_train_epochs max_steps max_grad_norm freeze_feature_encoder max_eval_samples"
         return {
             **{f"the {name} data": one.fingerprint for name, one in sets.items() if one is not None},
             "the selection of training utterances": hashlib.sha256(self.selection.rows.tobytes()).hexdigest(),
@@ -174,9 +171,10 @@ class Run(Assembly):
             "the vocabulary": dict(self.vocabulary.token_ids),
             "case": self.normalizer.case,
             "characters_to_ignore": self.normalizer.characters_to_ignore,
+            **({} if augmenter is None else {"the noises and rooms": augmenter.fingerprint}),
             "the configuration of the model": _describe_config(self.hf_config),
             "the shape of the model": {name: list(value.shape) for name, value in self.model.hf.named_parameters()},
-            **{name: getattr(config, name) for name in settings.split()},
+            **{name: getattr(config, name) for name in (*settings.split(), *levers.IDENTITY)},
         }
 
     def _begin(self) -> None:
@@ -597,16 +595,9 @@ class Run(Assembly):
         self.state.sums = [total + new for total, new in zip(self.state.sums, sums.values(), strict=True)]
         seconds = max(sums["seconds"], 1e-9)
         self.meter.note = f"loss {loss:.3f}"
-        config = self.config
         return {
             "train_loss": loss,
-            "learning_rate": learning_rate_at(
-                self.state.step - 1,
-                config.lr_scheduler_type,
-                config.learning_rate,
-                config.warmup_steps,
-                self.total_steps,
-            ),
+            "learning_rate": self.schedule.rate_at(self.state.step - 1),
             "grad_norm": grad_norm,
             "samples_per_second": sums["utterances"] / seconds,
             "audio_seconds_per_second": sums["samples"] / SAMPLE_RATE_HZ / seconds,
@@ -646,10 +637,7 @@ class Run(Assembly):
             )
         facts = diagnosis.Facts(
             self.state.deaf_loss,
-            config.learning_rate,
-            config.warmup_steps,
-            config.lr_scheduler_type,
-            self.total_steps,
+            self.schedule,
             hears_level=getattr(self.hf_config, "feat_extract_norm", "layer") != "group",
         )
         history = runlog.read_log(self.log.path).to_dict("records")

@@ -37,7 +37,6 @@ from progress import Progress, format_seconds
 from recovery import failing_by_name
 from run import Run, choose_beginning
 from runlog import report_line
-from schedule import learning_rate_at
 from scoring import OTHER_IS_OUT_OF_MEMORY, Evaluation, describe_limits, evaluate, rates, score_in_cuts
 from sharding import whole
 from slices import describe_slice
@@ -143,6 +142,7 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
         finite, and the gradient norm before clipping.
     """
     accelerator, config = run.accelerator, run.config
+    run.freeze_encoder(update.step < config.freeze_encoder_steps)
     losses = accumulate_gradients(run, update)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for _, loss_B in losses:
@@ -152,9 +152,7 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
     loss_sum += 0.0 * loss  # NaN on every rank where it is on one
     grad_norm = run.gradients.clip(accelerator, config.max_grad_norm)
     for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate_at(
-            update.step, config.lr_scheduler_type, config.learning_rate, config.warmup_steps, run.total_steps
-        )
+        group["lr"] = run.schedule.rate_at(update.step) * group["lr_scale"]
     if accelerator.scaler is None:
         # The scaler's own way to leave an update out, for fp32 and bf16: no weight ever becomes NaN.
         run.leave_out_next_step((~torch.isfinite(grad_norm)).float())
@@ -210,8 +208,8 @@ def pass_micro_batches(run: Run, update: Update) -> list[tuple[Batch, torch.Tens
     losses = []
     for batch in run.cuts.divide(update.micro_batches):
         with run.memory_limit.watch():
-            loss_B = run.forward(batch)[2]
-            run.accelerator.backward(loss_B.sum() / update.num_labels)
+            loss_B, objective_B = run.training_losses(batch)
+            run.accelerator.backward(objective_B.sum() / update.num_labels)
         losses.append((batch, loss_B.detach()))
     return losses
 

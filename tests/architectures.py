@@ -7,7 +7,7 @@ Weights are random. Fields and files follow facebook/wav2vec2-large-960h and fac
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -227,6 +227,7 @@ LAYER = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias"
 class Settings:
     """The fields of TrainConfig that load_model reads."""
 
+    encoder_settings: ClassVar[dict[str, float]] = {}
     model_name_or_path: str | None = None
     model_config: dict[str, Any] | None = None
     model_overrides: dict[str, Any] | None = None

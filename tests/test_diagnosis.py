@@ -8,6 +8,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import train
 from diagnosis import Facts, deaf_loss, diagnose, remark, token_collapse
 from errors import exit_status
 from runlog import read_log
+from schedule import Schedule
 
 WARNINGS = {
     "stuck", "too slow", "too short", "divergence", "unknown tokens", "unnormalised audio", "memorising", "no words",
@@ -348,7 +350,15 @@ def test_a_resumed_run_says_what_the_run_would_have_said(trainer: Trainer) -> No
 
 # --- The pure function ---------------------------------------------------------------------------------------------
 
-FACTS = Facts(2.0, 1e-3, 100, "constant", 3000, hears_level=True)
+FACTS = Facts(2.0, Schedule("constant", 1e-3, 100, 3000), hears_level=True)
+
+
+def facts_with(**changes: float) -> Facts:
+    """FACTS, but for these of itself or of its schedule."""
+    of_schedule = {name: changes.pop(name) for name in ("peak", "warmup_steps", "total_steps") if name in changes}
+    return replace(FACTS, schedule=replace(FACTS.schedule, **of_schedule), **changes)
+
+
 NAN = math.nan
 
 
@@ -375,8 +385,8 @@ def rows(*losses: tuple[int, float, float], **last: float) -> list[dict[str, flo
         (rows((100, 2.1, NAN), (601, 2.0, 2.0)), {}, "stuck"),
         # The Hausa seed: 880 updates inside a warm-up of 1000 are no long plateau.
         (rows((100, 2.1, NAN), (880, 2.0, 2.0)), {"warmup_steps": 1000}, "plateau"),
-        (rows((100, 2.1, NAN), (199, 2.0, 2.0)), {"learning_rate": 0.1, "warmup_steps": 200}, "plateau"),
-        (rows((100, 2.1, NAN), (201, 2.0, 2.0)), {"learning_rate": 0.1, "warmup_steps": 200}, "stuck"),
+        (rows((100, 2.1, NAN), (199, 2.0, 2.0)), {"peak": 0.1, "warmup_steps": 200}, "plateau"),
+        (rows((100, 2.1, NAN), (201, 2.0, 2.0)), {"peak": 0.1, "warmup_steps": 200}, "stuck"),
         (rows((100, 2.1, NAN), (300, 1.9, 1.7)), {}, "leaving the plateau"),
         # Not for ever: no better loss for the patience of a plateau, or the end of the run.
         (rows((100, 2.0, 1.0), (599, 1.0, 0.97)), {}, "leaving the plateau"),
@@ -407,7 +417,7 @@ def rows(*losses: tuple[int, float, float], **last: float) -> list[dict[str, flo
     ],
 )
 def test_states_literal_table(history: list[dict[str, float]], facts: dict[str, object], state: str | None) -> None:
-    found = diagnose(history, Facts(**(vars(FACTS) | facts)))
+    found = diagnose(history, facts_with(**facts))
     assert (found and found.state) == state
     assert found is None or found.is_warning == (state in WARNINGS)
 
@@ -415,7 +425,7 @@ def test_states_literal_table(history: list[dict[str, float]], facts: dict[str, 
 @pytest.mark.parametrize("loss", [2.0, 1.0])
 def test_a_run_that_ends_without_a_word_is_told_so_at_its_end(loss: float) -> None:
     """However often it was told before that all was normal."""
-    facts, history, said = Facts(**(vars(FACTS) | {"total_steps": 170})), [], []
+    facts, history, said = facts_with(total_steps=170), [], []
     for step in range(110, 180, 10):
         history.append({"step": step, "train_loss": loss, "eval_loss": loss, "eval_wer": 1.0})
         history[-1]["state"], lines = remark(history, facts)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from schedule import learning_rate_at
+from schedule import Schedule
 
 TOTAL_STEPS = 40
 
@@ -17,7 +17,7 @@ def test_equal_to_transformers_at_every_step(kind: str, warmup_steps: int) -> No
     name = "constant_with_warmup" if kind == "constant" else kind
     theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=TOTAL_STEPS)
     for step in range(TOTAL_STEPS):
-        ours = learning_rate_at(step, kind, 3e-4, warmup_steps, TOTAL_STEPS)
+        ours = Schedule(kind, 3e-4, warmup_steps, TOTAL_STEPS).rate_at(step)
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-18), step
         optimizer.step()
         theirs.step()
@@ -39,11 +39,12 @@ def test_equal_to_transformers_at_every_step(kind: str, warmup_steps: int) -> No
     ],
 )
 def test_literal_rates(step: int, kind: str, warmup_steps: int, rate: float) -> None:
-    assert learning_rate_at(step, kind, 5e-5, warmup_steps, 4_000) == pytest.approx(rate, abs=1e-18)
+    assert Schedule(kind, 5e-5, warmup_steps, 4_000).rate_at(step) == pytest.approx(rate, abs=1e-18)
 
 
 def test_the_step_alone_decides() -> None:
     """Nothing is kept between calls: a resume, or a rank that asks twice, gets the same rate (trap 4)."""
-    forwards = [learning_rate_at(step, "cosine", 1.0, 3, 20) for step in range(20)]
-    backwards = [learning_rate_at(step, "cosine", 1.0, 3, 20) for step in reversed(range(20))]
+    schedule = Schedule("cosine", 1.0, 3, 20)
+    forwards = [schedule.rate_at(step) for step in range(20)]
+    backwards = [schedule.rate_at(step) for step in reversed(range(20))]
     assert forwards == backwards[::-1]

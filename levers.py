@@ -1,0 +1,221 @@
+"""Settings of train.py that lower the error rate without changing data or architecture; all off by default.
+
+Each group is a part of TrainConfig: its fields are flags and YAML keys of their own.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+# Names of the encoder's configuration in transformers that are flags here, with the largest value that makes sense.
+ENCODER_SHARES = (
+    *("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop"),
+    *("mask_time_prob", "mask_feature_prob"),
+)
+ENCODER_LENGTHS = ("mask_time_length", "mask_feature_length")
+SPEED_RANGE = (0.5, 2.0)
+# A number of samples per second that shares a divisor of 160 with 16,000 keeps the resampling kernel small.
+SPEED_STEP = 0.01
+GENERATED_NOISES = ("white", "pink", "babble")
+SIMULATED_ROOM = "simulated"
+NYQUIST_HZ = 8_000
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Changes of the waveform in training, drawn for each (seed, epoch, utterance)."""
+
+    augment_speed: list[float] = dataclasses.field(default_factory=list)
+    """Factors of speed, one drawn per utterance, such as 0.9 1.0 1.1; pitch and formants move along. A clip that CTC
+    could not align at the drawn factor stays as it is."""
+    augment_reverb: list[str] = dataclasses.field(default_factory=list)
+    """Rooms: `simulated`, or folders of impulse responses."""
+    augment_reverb_probability: float = 0.5
+    """Share of the utterances that are heard in a room."""
+    augment_reverb_seconds: list[float] = dataclasses.field(default_factory=lambda: [0.1, 0.6])
+    """Range of the reverberation time (60 dB) of simulated rooms, seconds."""
+    augment_noise: list[str] = dataclasses.field(default_factory=list)
+    """Noises: `white`, `pink`, `babble` (three to seven other training clips at once), or folders of recordings."""
+    augment_noise_probability: float = 0.5
+    """Share of the utterances that get noise."""
+    augment_noise_snr_db: list[float] = dataclasses.field(default_factory=lambda: [5.0, 30.0])
+    """Range of the ratio of the utterance's power to the noise's, dB, over the whole clip."""
+    augment_band_hz: list[float] = dataclasses.field(default_factory=list)
+    """Range of the highest frequency that is let through, Hz, such as 2500 7500; telephones and codecs cut at 3400."""
+    augment_band_probability: float = 0.5
+    """Share of the utterances whose band is limited."""
+    augment_volume_db: float = 0.0
+    """The level moves from a drawn gain within +- so many dB at the start to another at the end. (A constant gain would
+    be undone by the normalisation of the waveform.)"""
+    augment_gap_seconds: float = 0.0
+    """Longest stretch of silence put over the speech, one for every two seconds begun."""
+    augment_gap_probability: float = 0.5
+    """Share of the utterances with gaps."""
+
+    @property
+    def augments(self) -> bool:
+        """Whether any waveform changes."""
+        lists = (self.augment_speed, self.augment_reverb, self.augment_noise, self.augment_band_hz)
+        return any(lists) or self.augment_volume_db > 0 or self.augment_gap_seconds > 0
+
+    def augmentation_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        for factor in self.augment_speed:
+            if not SPEED_RANGE[0] <= factor <= SPEED_RANGE[1] or abs(factor - round(factor, 2)) > 1e-9:
+                found.append(
+                    f"--augment_speed {factor:g}: factors lie in {SPEED_RANGE[0]} .. {SPEED_RANGE[1]}, in steps of "
+                    f"{SPEED_STEP}"
+                )
+        limits = {
+            "augment_reverb_seconds": (0.02, 3.0),
+            "augment_noise_snr_db": (-20.0, 60.0),
+            "augment_band_hz": (500.0, float(NYQUIST_HZ)),
+        }
+        for name, (lowest, highest) in limits.items():
+            value = getattr(self, name)
+            if value and (len(value) != 2 or not lowest <= value[0] <= value[1] <= highest):
+                found.append(
+                    f"--{name} is {' '.join(f'{one:g}' for one in value)}, two rising numbers within {lowest:g} .. "
+                    f"{highest:g} are needed"
+                )
+        for name in ("reverb", "noise", "band", "gap"):
+            share = getattr(self, f"augment_{name}_probability")
+            if not 0 < share <= 1:
+                found.append(f"--augment_{name}_probability is {share:g}, it must lie in (0, 1]")
+        for name in ("augment_volume_db", "augment_gap_seconds"):
+            if getattr(self, name) < 0:
+                found.append(f"--{name} is {getattr(self, name):g}, it cannot be negative")
+        return found
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The course of the learning rate, and who learns at which."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "cosine_with_restarts", "cyclic", "tri_stage"] = "linear"
+    """Course of the learning rate after warm-up: to zero linearly, by a half cosine, by several of them, up and down in
+    triangles, held and then falling exponentially (tri_stage), or constant."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    warmup_ratio: float = 0.0
+    """The same as a share of the run; give one of the two."""
+    lr_num_cycles: int | None = None
+    """Of `cosine_with_restarts` and `cyclic`: how many; 3 when not given."""
+    lr_hold_ratio: float | None = None
+    """Of `tri_stage`: share of the run at the peak; 0.4 when not given."""
+    lr_min_ratio: float | None = None
+    """Of `tri_stage` and `cyclic`: lowest rate, as a share of the peak; 0.05 when not given."""
+    head_learning_rate: float | None = None
+    """Peak rate of the output layer; --learning_rate when not given."""
+    layer_lr_decay: float = 1.0
+    """Each layer learns at this share of the rate of the one above it, the convolutions least."""
+    freeze_encoder_steps: int = 0
+    """Updates in which the output layer alone learns; the encoder thaws after them."""
+
+    def rate_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        if not self.learning_rate > 0:
+            found.append(f"--learning_rate is {self.learning_rate}, it must be above 0")
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            found.append(f"--head_learning_rate is {self.head_learning_rate}, it must be above 0")
+        for name in ("warmup_steps", "freeze_encoder_steps"):
+            if getattr(self, name) < 0:
+                found.append(f"--{name} is {getattr(self, name)}, it cannot be negative")
+        if not 0 <= self.warmup_ratio < 1:
+            found.append(f"--warmup_ratio is {self.warmup_ratio}, it must lie in [0, 1)")
+        if self.warmup_ratio and self.warmup_steps:
+            found.append(f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps}: give one of them")
+        if not 0 < self.layer_lr_decay <= 1:
+            found.append(f"--layer_lr_decay is {self.layer_lr_decay}, it must lie in (0, 1]")
+        return found + self._shape_errors()
+
+    def _shape_errors(self) -> list[str]:
+        """Settings of another schedule than the chosen one, or out of their range."""
+        found, kind = [], self.lr_scheduler_type
+        owners = {
+            "lr_num_cycles": ("cosine_with_restarts", "cyclic"),
+            "lr_hold_ratio": ("tri_stage",),
+            "lr_min_ratio": ("tri_stage", "cyclic"),
+        }
+        for name, kinds in owners.items():
+            if getattr(self, name) is not None and kind not in kinds:
+                found.append(f"--{name} belongs to --lr_scheduler_type {' and '.join(kinds)}, not to {kind}")
+        if self.lr_num_cycles is not None and self.lr_num_cycles < 1:
+            found.append(f"--lr_num_cycles is {self.lr_num_cycles}, at least 1 is needed")
+        for name, lowest in (("lr_hold_ratio", 0.0), ("lr_min_ratio", 1e-6)):
+            value = getattr(self, name)
+            if value is not None and not lowest <= value < 1:
+                found.append(f"--{name} is {value:g}, it must lie in [{lowest:g}, 1)")
+        return found
+
+
+@dataclass(frozen=True)
+class Regularisation:
+    """What keeps the model from learning its training clips by heart."""
+
+    weight_decay: float = 0.01
+    """Decoupled weight decay; none on biases and norms."""
+    label_smoothing: float = 0.0
+    """Weight of the divergence of every frame's distribution from the uniform one; the CTC loss gets the rest."""
+    consistency_weight: float = 0.0
+    """CR-CTC: weight of the divergence between two differently masked views of an utterance; 0.2 in its paper, with
+    more masking than usual. An update takes nearly twice the time."""
+    hidden_dropout: float | None = None
+    """Dropout of the encoder's layers; the checkpoint's when not given, as with the eleven settings that follow."""
+    attention_dropout: float | None = None
+    """Dropout of the attention's weights."""
+    activation_dropout: float | None = None
+    """Dropout inside the feed-forward blocks."""
+    feat_proj_dropout: float | None = None
+    """Dropout behind the projection of the convolutions' features."""
+    final_dropout: float | None = None
+    """Dropout before the output layer."""
+    layerdrop: float | None = None
+    """Probability that a layer is skipped, drawn by each process for itself."""
+    apply_spec_augment: bool | None = None
+    """Whether masks are drawn at all."""
+    mask_time_prob: float | None = None
+    """Share of the frames that SpecAugment masks, where spans do not overlap."""
+    mask_time_length: int | None = None
+    """Frames of a span."""
+    mask_time_min_masks: int | None = None
+    """Spans at least, in an utterance that is long enough."""
+    mask_feature_prob: float | None = None
+    """Share of the features that SpecAugment masks."""
+    mask_feature_length: int | None = None
+    """Features of a span."""
+
+    @property
+    def encoder_settings(self) -> dict[str, float]:
+        """Fields of the encoder's configuration that are set here."""
+        names = (*ENCODER_SHARES, *ENCODER_LENGTHS, "apply_spec_augment", "mask_time_min_masks")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def regularisation_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        for name in ("weight_decay", "consistency_weight"):
+            if getattr(self, name) < 0:
+                found.append(f"--{name} is {getattr(self, name)}, it cannot be negative")
+        for name in ("label_smoothing", *ENCODER_SHARES):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                found.append(f"--{name} is {value:g}, it must lie in [0, 1)")
+        for name in ENCODER_LENGTHS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"--{name} is {value}, at least 1 is needed")
+        if self.mask_time_min_masks is not None and self.mask_time_min_masks < 0:
+            found.append(f"--mask_time_min_masks is {self.mask_time_min_masks}, it cannot be negative")
+        return found
+
+
+# What the encoder's configuration does not say already.
+IDENTITY = (
+    *(field.name for part in (Augmentation, Rates) for field in dataclasses.fields(part)),
+    *("weight_decay", "label_smoothing", "consistency_weight"),
+)
