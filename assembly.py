@@ -79,7 +79,7 @@ class Assembly:
             self.loaded.processor.feature_extractor.do_normalize,
             self.hf_config,
             config.seed,
-            has_two_views=config.consistency_weight > 0,
+            num_views=2 if config.consistency_weight > 0 else 1,
         )
         self.model = self.loaded.model.to(device)
         check_same_on_all_ranks(self.accelerator, self.model)
@@ -191,7 +191,6 @@ class Assembly:
             device=self.accelerator.device,
             bytes_per_value=4 if self.accelerator.mixed_precision == "no" else 2,
             is_divided=self.is_sharded,
-            has_two_views=self.collate.has_two_views,
         )
 
     @property
@@ -202,6 +201,8 @@ class Assembly:
 
     def _train_pass(self, batch: Batch) -> None:
         self.model.train()
+        others = {"other_time_mask_BT": batch.time_mask_BT, "other_feature_mask_BH": batch.feature_mask_BH}
+        batch = replace(batch, num_views=self.collate.num_views, **others)
         self.accelerator.backward(self.training_losses(batch)[1].sum())
 
     def pass_nothing(self) -> None:
@@ -216,9 +217,9 @@ class Assembly:
             score_batch(logits_BTV, frame_lengths_B, self.vocabulary, batch.texts, batch.raw_texts)
 
     def training_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The CTC loss per utterance, loss_B, and what is minimised, objective_B, in the launcher's precision."""
-        with self.accelerator.autocast():
-            return self.objective.losses(self.model, batch.to(self.accelerator.device), self.vocabulary.blank_id)
+        """The CTC loss per utterance, loss_B, and what is minimised, objective_B."""
+        logits_BTV, frame_lengths_B, loss_B = self.forward(batch)
+        return loss_B, self.objective.of(logits_BTV, frame_lengths_B, loss_B)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, in the launcher's precision."""

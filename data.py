@@ -400,7 +400,8 @@ class Batch:
         label_lengths_B: int64 number of labels per row.
         time_mask_BT: frames to mask in training, or None.
         feature_mask_BH: features to mask in training, or None.
-        other_time_mask_BT, other_feature_mask_BH: of the second view in consistency training, else None.
+        num_views: 2 in consistency training, where each utterance passes twice through the layers.
+        other_time_mask_BT, other_feature_mask_BH: of the second view.
     """
 
     ids: list[str]
@@ -414,6 +415,7 @@ class Batch:
     label_lengths_B: torch.Tensor
     time_mask_BT: torch.Tensor | None = None
     feature_mask_BH: torch.Tensor | None = None
+    num_views: int = 1
     other_time_mask_BT: torch.Tensor | None = None
     other_feature_mask_BH: torch.Tensor | None = None
 
@@ -488,7 +490,7 @@ class Collator:
         hf_config: configuration of the encoder, for frame counts and masks.
         seed: masks are a function of (seed, epoch, row), whatever the cut.
         augmenter: changes waveforms in training; None for none.
-        has_two_views: masks are drawn twice, for consistency training.
+        num_views: 2 in consistency training, where masks are drawn twice.
     """
 
     normalizer: TextNormalizer
@@ -497,7 +499,7 @@ class Collator:
     hf_config: object
     seed: int
     augmenter: Augmenter | None = None
-    has_two_views: bool = False
+    num_views: int = 1
 
     def __call__(
         self,
@@ -523,7 +525,7 @@ class Collator:
             row[: len(signal_S)] = self._scale(signal_S)
         kernels, strides = self.hf_config.conv_kernel, self.hf_config.conv_stride
         frames = [num_frames(length, kernels, strides) for length in lengths]
-        masks = {} if epoch is None else self._masks(frames, rows, epoch, copies)
+        of_training = {} if epoch is None else self._masks(frames, rows, epoch, copies) | {"num_views": self.num_views}
         return Batch(
             ids=[utterance.id for utterance in utterances],
             rows=rows,
@@ -534,7 +536,7 @@ class Collator:
             frame_lengths_B=torch.tensor(frames),
             labels_L=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
             label_lengths_B=torch.tensor([len(row) for row in labels]),
-            **masks,
+            **of_training,
         )
 
     def lengths(self, rows: np.ndarray, num_samples: np.ndarray, epoch: int, copies: np.ndarray) -> np.ndarray:
@@ -552,7 +554,7 @@ class Collator:
         """The fields of a Batch that hold masks."""
         time_mask, feature_mask = self._draw(frames, rows, epoch, copies, FIRST_VIEW)
         masks = {"time_mask_BT": time_mask, "feature_mask_BH": feature_mask}
-        if self.has_two_views:
+        if self.num_views == 2:
             time_mask, feature_mask = self._draw(frames, rows, epoch, copies, SECOND_VIEW)
             masks |= {"other_time_mask_BT": time_mask, "other_feature_mask_BH": feature_mask}
         return masks

@@ -95,7 +95,6 @@ class Passes:
         device: where the model lies.
         bytes_per_value: of an activation, by the launcher's precision.
         is_divided: the others wait in the midst of a pass for this process, so that one that fails ends the run (FSDP).
-        has_two_views: each utterance passes twice through the layers in training.
     """
 
     train: Callable[[Batch], None]
@@ -107,7 +106,6 @@ class Passes:
     device: torch.device
     bytes_per_value: int = 4
     is_divided: bool = False
-    has_two_views: bool = False
 
     def least_bytes(self, shape: Shape) -> int:
         """What any pass needs at the very least: input and output of the first activation, and a padded batch's mask.
@@ -143,8 +141,6 @@ class Passes:
             label_lengths_B=torch.tensor(num_labels),
             time_mask_BT=mask_BT,
             feature_mask_BH=mask_BH,
-            other_time_mask_BT=mask_BT if self.has_two_views else None,
-            other_feature_mask_BH=mask_BH if self.has_two_views else None,
         )
 
     def _masks(self, rows: int, frames: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

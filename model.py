@@ -166,12 +166,22 @@ def _over_valid_frames(value_BT: Tensor, frame_lengths_B: Tensor) -> Tensor:
 
 
 def forward_with_loss(model: "CTCModel", batch: "Batch", blank_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B, of one micro-batch on the model's device."""
-    logits_BTV, frame_lengths_B = model(
-        batch.input_values_BS, batch.sample_lengths_B, batch.time_mask_BT, batch.feature_mask_BH
-    )
-    loss_B = ctc_loss_sum(logits_BTV, frame_lengths_B, batch.labels_L, batch.label_lengths_B, blank_id)
-    return logits_BTV, frame_lengths_B, loss_B
+    """One micro-batch through the model, on whose device it lies.
+
+    Returns:
+        logits_BTV, frame_lengths_B and the CTC loss per utterance, loss_B. Of a batch in two views the logits have the
+        rows of the one, then those of the other, and the loss is the mean of theirs.
+    """
+    masks = batch.time_mask_BT, batch.feature_mask_BH
+    if batch.num_views == 2:
+        pairs = zip(masks, (batch.other_time_mask_BT, batch.other_feature_mask_BH), strict=True)
+        masks = [None if mask is None else torch.cat([mask, other]) for mask, other in pairs]
+    logits_BTV, frame_lengths_B = model(batch.input_values_BS, batch.sample_lengths_B, *masks, batch.num_views)
+    losses = [
+        ctc_loss_sum(view_BTV, frame_lengths_B, batch.labels_L, batch.label_lengths_B, blank_id)
+        for view_BTV in logits_BTV.chunk(batch.num_views)
+    ]
+    return logits_BTV, frame_lengths_B, sum(losses) / batch.num_views if batch.num_views > 1 else losses[0]
 
 
 @dataclass(frozen=True)
@@ -180,49 +190,22 @@ class Objective:
 
     Attributes:
         label_smoothing: weight of `smoothing_sum`.
-        consistency_weight: of `consistency_sum`; above 0 each utterance passes in two views, whose CTC losses and
-            smoothing are averaged.
+        consistency_weight: of `consistency_sum`, between the two views in which each utterance then passes.
     """
 
     label_smoothing: float = 0.0
     consistency_weight: float = 0.0
 
-    @property
-    def num_views(self) -> int:
-        """Passes of an utterance through the layers."""
-        return 2 if self.consistency_weight > 0 else 1
-
-    def losses(self, model: "CTCModel", batch: "Batch", blank_id: int) -> tuple[Tensor, Tensor]:
-        """Of each utterance of a micro-batch: loss_B, CTC alone, and objective_B, which has the gradient."""
-        if self.num_views == 1:
-            logits_BTV, frame_lengths_B, loss_B = forward_with_loss(model, batch, blank_id)
-            return loss_B, self._smoothed(loss_B, logits_BTV, frame_lengths_B)
-        views = _forward_two_views(model, batch)
-        frame_lengths_B = batch.frame_lengths_B
-        losses = [
-            ctc_loss_sum(logits_BTV, frame_lengths_B, batch.labels_L, batch.label_lengths_B, blank_id)
-            for logits_BTV in views
-        ]
-        objectives = [
-            self._smoothed(loss_B, logits_BTV, frame_lengths_B)
-            for loss_B, logits_BTV in zip(losses, views, strict=True)
-        ]
-        between_B = consistency_sum(*views, frame_lengths_B)
-        return 0.5 * sum(losses), 0.5 * sum(objectives) + self.consistency_weight * between_B
-
-    def _smoothed(self, loss_B: Tensor, logits_BTV: Tensor, frame_lengths_B: Tensor) -> Tensor:
-        if not self.label_smoothing:
-            return loss_B
-        share = self.label_smoothing
-        return (1 - share) * loss_B + share * smoothing_sum(logits_BTV, frame_lengths_B)
-
-
-def _forward_two_views(model: "CTCModel", batch: "Batch") -> tuple[Tensor, Tensor]:
-    """logits_BTV of each; the convolutions, which know of no mask, see an utterance once."""
-    pairs = (batch.time_mask_BT, batch.other_time_mask_BT), (batch.feature_mask_BH, batch.other_feature_mask_BH)
-    masks = [None if pair[0] is None else torch.cat(pair) for pair in pairs]
-    logits, _ = model(batch.input_values_BS, batch.sample_lengths_B, *masks, num_views=2)
-    return logits.chunk(2)
+    def of(self, logits_BTV: Tensor, frame_lengths_B: Tensor, loss_B: Tensor) -> Tensor:
+        """The value for each utterance, objective_B, from what `forward_with_loss` returned."""
+        objective_B = loss_B
+        views = logits_BTV.chunk(2) if self.consistency_weight else (logits_BTV,)
+        if self.label_smoothing:
+            smoothing_B = sum(smoothing_sum(view_BTV, frame_lengths_B) for view_BTV in views) / len(views)
+            objective_B = (1 - self.label_smoothing) * loss_B + self.label_smoothing * smoothing_B
+        if self.consistency_weight:
+            objective_B = objective_B + self.consistency_weight * consistency_sum(*views, frame_lengths_B)
+        return objective_B
 
 
 # --- The model -----------------------------------------------------------------------------------------------------
