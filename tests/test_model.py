@@ -1,5 +1,6 @@
 """model.py against transformers, and against itself with other neighbours."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
-from model import CTCModel, ValidGroupNorm, ctc_loss_sum, draw_masks, num_frames, optimizer_groups, parameter_counts
+from data import Batch
+from model import (
+    CTCModel,
+    Objective,
+    ValidGroupNorm,
+    consistency_sum,
+    ctc_loss_sum,
+    draw_masks,
+    forward_with_loss,
+    num_frames,
+    optimizer_groups,
+    parameter_counts,
+    smoothing_sum,
+)
 
 # WavLM's own call of torch's attention; model.py silences it outside of pytest, which resets the filters.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
@@ -429,6 +443,70 @@ def test_more_labels_than_frames_give_zero_and_no_gradient():
     loss.sum().backward()
     assert loss.tolist() == [0.0]
     assert not logits.grad.any()
+
+
+def test_smoothing_is_the_divergence_of_the_uniform_distribution():
+    """Against torch's own divergence of two distributions, frame by frame; frames behind the end do not count."""
+    logits, lengths = 3 * torch.randn(3, 9, 7, dtype=torch.float64), [9, 4, 0]
+    uniform = torch.distributions.Categorical(logits=torch.zeros(7, dtype=torch.float64))
+    for row, (found, length) in enumerate(zip(smoothing_sum(logits, torch.tensor(lengths)), lengths, strict=True)):
+        frames = [torch.distributions.Categorical(logits=frame) for frame in logits[row, :length]]
+        expected = sum((torch.distributions.kl_divergence(uniform, one) for one in frames), torch.zeros(()))
+        assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_consistency_is_the_symmetric_divergence_with_targets_that_stand_still():
+    """Value, and gradient: of KL(target || view) it is view less target, half of it for each."""
+    one, other = (3 * torch.randn(2, 6, 5, dtype=torch.float64) for _ in range(2))
+    one.requires_grad_()
+    found = consistency_sum(one, other, torch.tensor([6, 2]))
+    for row, length in enumerate([6, 2]):
+        expected = 0.0
+        for a, b in zip(one[row, :length].detach(), other[row, :length], strict=True):
+            pair = [torch.distributions.Categorical(logits=side) for side in (a, b)]
+            expected += 0.5 * float(
+                torch.distributions.kl_divergence(*pair) + torch.distributions.kl_divergence(*reversed(pair))
+            )
+        assert float(found[row].detach()) == pytest.approx(expected, rel=1e-5)
+    found.sum().backward()
+    difference = 0.5 * (one.detach().softmax(-1) - other.softmax(-1))
+    difference[1, 2:] = 0
+    torch.testing.assert_close(one.grad, difference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", FAMILIES)
+def test_two_views_are_two_passes_with_their_own_masks(fields: dict[str, Any]):
+    """For every family: the shared convolutions change nothing, and rows are the first view's, then the second's."""
+    ours = tiny({**fields, "mask_time_prob": 0.3, "mask_feature_prob": 0.3}).model.train()
+    rows, lengths = waves([1600, 900]), [1600, 900]
+    generator = torch.Generator().manual_seed(1)
+    time = torch.rand(4, 79, generator=generator) < 0.3
+    features = torch.rand(4, 32, generator=generator) < 0.2
+    both, frames = ours(pad(rows), lengths, time, features, num_views=2)
+    for view, masks in enumerate(((time[:2], features[:2]), (time[2:], features[2:]))):
+        alone, _ = ours(pad(rows), lengths, *masks)
+        for row, length in enumerate(frames.tolist()):
+            torch.testing.assert_close(both[2 * view + row, :length], alone[row, :length], rtol=1e-4, atol=1e-5)
+
+
+def test_objective_is_what_its_formula_says():
+    """(1 - smoothing) x CTC + smoothing x divergence, both means over the views, + weight x consistency."""
+    ours = tiny({"model_type": "wav2vec2", **LAYER, "mask_time_prob": 0.3}).model.train()
+    masks = torch.zeros(2, 1, 79, dtype=torch.bool)
+    masks[0, 0, 10:30], masks[1, 0, 40:60] = True, True
+    batch = Batch(
+        ["a"], np.zeros(1, int), [""], [""], waves([1600])[0][None], torch.tensor([1600]), torch.tensor([79]),
+        torch.tensor([5, 6, 7]), torch.tensor([3]), masks[0], None, 2, masks[1], None,
+    )  # fmt: skip
+    logits, frames, loss = forward_with_loss(ours, batch, 0)
+    views = [ours(batch.input_values_BS, [1600], mask)[0] for mask in masks]
+    losses = [ctc_loss_sum(view, frames, batch.labels_L, batch.label_lengths_B, 0) for view in views]
+    torch.testing.assert_close(loss, (losses[0] + losses[1]) / 2)
+    smoothing = (smoothing_sum(views[0], frames) + smoothing_sum(views[1], frames)) / 2
+    expected = 0.9 * loss + 0.1 * smoothing + 0.3 * consistency_sum(*views, frames)
+    torch.testing.assert_close(Objective(0.1, 0.3).of(logits, frames, loss), expected)
+    one_view, frames, loss = forward_with_loss(ours, replace(batch, num_views=1), 0)
+    assert Objective().of(one_view, frames, loss) is loss, "without levers the loss itself"
 
 
 def test_no_decay_on_biases_norms_and_gains():

@@ -489,13 +489,28 @@ CUTS = [  # processes, utterances per micro-batch, padded seconds per micro-batc
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("masks", [{}, MASKS], ids=["plain", "masks"])
+# Whatever changes what an update minimises or hears, dropouts aside.
+LEVERS = {
+    "augment_speed": [0.9, 1.0, 1.1],
+    "augment_reverb": ["simulated"],
+    "augment_noise": ["white", "pink", "babble"],
+    "augment_band_hz": [2_500, 7_500],
+    "augment_volume_db": 6,
+    "augment_gap_seconds": 0.05,
+    "label_smoothing": 0.1,
+    "consistency_weight": 0.2,
+    "layer_lr_decay": 0.8,
+    "head_learning_rate": 2e-3,
+}
+
+
+@pytest.mark.parametrize("settings", [{}, MASKS, MASKS | LEVERS], ids=["plain", "masks", "levers"])
 @pytest.mark.parametrize("architecture", [TINY_MODEL, TINY_GROUP_NORM_MODEL], ids=["layer_norm", "group_norm"])
 def test_update_is_the_same_however_it_is_cut(
-    make_run: Callable[..., Run], architecture: dict[str, object], masks: dict[str, object]
+    make_run: Callable[..., Run], architecture: dict[str, object], settings: dict[str, object]
 ) -> None:
     """Step 0 is a full update of 8, step 1 the short one of 5; with seven processes two of its cuts are empty."""
-    run = make_run(model_config=architecture | masks)
+    run = make_run(model_config=architecture, **settings)
     assert [len(positions) for _, _, positions in run.plan.updates(0, 2)] == [8, 5]
     for step in (0, 1):
         loss, gradient = one_update(run, step, CutSettings(0, 1, 8))
@@ -552,6 +567,38 @@ def test_log_is_the_same_for_every_accumulation(prepared: Path, tmp_path: Path, 
         np.testing.assert_allclose(whole[column], by_one[column], rtol=2e-5, err_msg=column)
     first, second = ((tmp_path / name / "eval_samples.csv").read_text() for name in cuts)
     assert first == second
+
+
+def test_the_output_layer_learns_alone_until_the_encoder_thaws(make_run: Callable[..., Run]) -> None:
+    """Two updates leave the encoder as it is, moments and their counters included; the third is its first."""
+    run = make_run(freeze_encoder_steps=2, max_steps=4, weight_decay=0.1)
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    for update in training_loader(run.train_set, run.plan, run.num_labels, run.collate, run.cut, 0, 4, 0):
+        train.train_step(run, update)
+        run.state.step += 1
+        moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, before[name])}
+        if update.step < 2:
+            assert moved == {"hf.lm_head.weight", "hf.lm_head.bias"}
+    assert moved == {name for name, value in run.model.named_parameters() if value.requires_grad}
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            assert run.optimizer.state[parameter]["step"] == (4 if "lm_head" in name else 2), name
+
+
+def test_each_layer_learns_at_its_own_rate(make_run: Callable[..., Run]) -> None:
+    """The first update of AdamW moves a weight by its rate, whatever the gradient."""
+    run = make_run(
+        model_config=TINY_MODEL | {"num_hidden_layers": 3}, layer_lr_decay=0.5, learning_rate=8e-4,
+        head_learning_rate=4e-3, weight_decay=0.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    (update,) = training_loader(run.train_set, run.plan, run.num_labels, run.collate, run.cut, 0, 1, 0)
+    train.train_step(run, update)
+    rates = {"lm_head": 4e-3, "layers.2": 4e-4, "layers.1": 2e-4, "layers.0": 1e-4, "feature_extractor": 5e-5}
+    rates |= {"feature_projection": 5e-5, "pos_conv_embed": 5e-5, "encoder.layer_norm": 4e-4}
+    for part, rate in rates.items():
+        steps = [float((v.detach() - before[n]).abs().max()) for n, v in run.model.named_parameters() if part in n]
+        assert max(steps) == pytest.approx(rate, rel=0.02), part
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
@@ -672,7 +719,7 @@ def test_resume_is_invisible(
     model_config = TINY_MODEL | TALKATIVE | MASKS | {"hidden_dropout": 0.2, "layerdrop": 0.5, "num_hidden_layers": 2}
     recipe = write_recipe(
         tmp_path / "recipe.yaml", prepared, model_config=model_config, max_steps=11, logging_steps=2, eval_steps=4,
-        save_steps=3, warmup_steps=2,
+        save_steps=3, warmup_steps=2, freeze_encoder_steps=5, lr_scheduler_type="cyclic", **LEVERS,
     )  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command("--config", recipe, "--output_dir", whole) == 0

@@ -1,0 +1,271 @@
+"""What each lever buys on an unseen voice: real digits, three speakers train, the fourth is the test.
+
+    python benchmarks/ablation.py --corpus ../shared/corpora/digits --work_dir runs/ablation
+    python benchmarks/ablation.py ... --arms plain speed best --seeds 1     (a part of it)
+
+Every arm is configs/digits.yaml from random weights with the settings in ARMS, trained by train.py for the same number
+of updates with three seeds; `--model_name_or_path` starts them all from a checkpoint instead (the demo's model). A cell
+(arm, seed) is a run directory that is kept when it has ended; the same command goes on where it stopped, and prints the
+table of what there is: WER on the unseen voice, the difference from the plain recipe with its paired 95 % interval over
+utterances (the three seeds' errors of an utterance added up), WER on known voices, and the time of an update beside the
+plain recipe's. Cells run `--jobs` at a time with one thread each.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+import numpy as np
+import pandas
+from rich import box
+from rich.table import Table
+
+from intervals import Difference, rate_difference
+from progress import print_table
+
+HELD_OUT_SPEAKER = "theo"
+MASKS = "--mask_time_prob 0.1 --mask_time_length 5 --mask_feature_prob 0.05 --mask_feature_length 16"
+WIDE_SPEED = "--augment_speed 0.8 0.85 0.9 0.95 1.0 1.05 1.1 1.15 1.2 1.25"
+ALL_DROPOUTS = " ".join(
+    f"--{place}_dropout 0.1" for place in ("hidden", "attention", "activation", "feat_proj", "final")
+)
+# What is different from the plain recipe.
+ARMS = {
+    "plain": "",
+    "speed": "--augment_speed 0.9 1.0 1.1",
+    "speed_wide": WIDE_SPEED,
+    "volume": "--augment_volume_db 6",
+    "noise": "--augment_noise white pink babble",
+    "reverb": "--augment_reverb simulated",
+    "band": "--augment_band_hz 2500 7500",
+    "gaps": "--augment_gap_seconds 0.1",
+    "masks": MASKS,
+    "cr_ctc": "--consistency_weight 0.2 --mask_time_prob 0.2 --mask_time_length 5",
+    "cosine": "--lr_scheduler_type cosine",
+    "restarts": "--lr_scheduler_type cosine_with_restarts",
+    "cyclic": "--lr_scheduler_type cyclic",
+    "tri_stage": "--lr_scheduler_type tri_stage",
+    "layer_decay": "--layer_lr_decay 0.8",
+    "dropouts": ALL_DROPOUTS,
+    "layerdrop": "--layerdrop 0.1",
+    "weight_decay": "--weight_decay 0.1",
+    "label_smoothing": "--label_smoothing 0.05",
+    "ema": "--ema_decay 0.99",
+    "average": "--average_best 3",
+    "balanced": "--sample_by speaker --sampling_temperature balanced",
+}
+# Found by the arms above and by trying what goes together; see the table in README.md.
+ARMS["best"] = f"{WIDE_SPEED} --augment_noise white pink babble {ARMS['cr_ctc']}"
+# With --demo_model, from its weights instead of random ones.
+DEMO_ARMS = ("plain", "best")
+COUNTS_FILE = "test_errors.csv"
+# A cell is one thread wide; its steps are timed by the processor's clock, which does not see what else runs.
+COST_STEPS = (20, 80)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: an arm, where it starts, a seed."""
+
+    arm: str
+    seed: int
+    demo_model: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the arm in the table, and of its folder."""
+        return f"demo_{self.arm}" if self.demo_model else self.arm
+
+    def folder(self, work_dir: Path) -> Path:
+        """Its run directory."""
+        return work_dir / self.name / f"seed_{self.seed}"
+
+    def command(self, data_dir: Path, folder: Path) -> list[str]:
+        """Of train.py."""
+        start = ["--model_name_or_path", self.demo_model] if self.demo_model else []
+        return [
+            *(sys.executable, str(REPOSITORY / "train.py"), "--config", str(REPOSITORY / "configs" / "digits.yaml")),
+            *("--data_dir", str(data_dir), "--output_dir", str(folder), "--seed", str(self.seed)),
+            *("--save_steps", "750", "--dataloader_num_workers", "0", *start, *ARMS[self.arm].split()),
+        ]
+
+
+def main() -> None:
+    """Train what is missing, score it, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=REPOSITORY.parent / "shared" / "corpora" / "digits")
+    parser.add_argument("--work_dir", type=Path, required=True, help="keeps the cells")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--demo_model", help="model/ of the demo's run: adds the plain and the best arm from it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
+    parser.add_argument("--cost", action="store_true", help="measure the time of an update of --arms instead")
+    arguments = parser.parse_args()
+    if not arguments.corpus.is_dir():
+        sys.exit(f"{arguments.corpus} is not here: name the Free Spoken Digit Dataset's folder with --corpus")
+    data_dir = prepare(arguments.corpus, arguments.work_dir)
+    if arguments.cost:
+        print_costs(arguments.arms, data_dir, arguments.work_dir)
+        return
+    cells = [Cell(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
+    if arguments.demo_model:
+        cells += [Cell(arm, seed, arguments.demo_model) for seed in arguments.seeds for arm in DEMO_ARMS]
+    train_missing(cells, data_dir, arguments.work_dir, arguments.jobs)
+    score_missing(cells, data_dir, arguments.work_dir)
+    print_cells(cells, arguments.work_dir)
+
+
+def prepare(corpus: Path, work_dir: Path) -> Path:
+    """The shards, made once."""
+    data_dir = work_dir / "data"
+    if not (data_dir / "prepare.json").is_file():
+        command = [sys.executable, str(REPOSITORY / "prepare.py"), "--corpus", str(corpus), "--data_dir", str(data_dir)]
+        subprocess.run([*command, "--test_speakers", HELD_OUT_SPEAKER], check=True)
+    return data_dir
+
+
+def train_missing(cells: list[Cell], data_dir: Path, work_dir: Path, jobs: int) -> None:
+    """Run train.py for each cell that has not ended, the first seed of all arms first."""
+    missing = [cell for cell in cells if not (cell.folder(work_dir) / "train_results.json").is_file()]
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, cell in enumerate(pool.map(lambda cell: train(cell, data_dir, work_dir), missing), 1):
+            print(f"{number} of {len(missing)} cells trained: {cell.name}, seed {cell.seed}", flush=True)
+
+
+def train(cell: Cell, data_dir: Path, work_dir: Path) -> Cell:
+    """One cell from its beginning; a part of an earlier try is removed."""
+    folder = cell.folder(work_dir)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    run(cell.command(data_dir, folder), folder.with_suffix(".log"))
+    shutil.rmtree(folder / "checkpoints")
+    return cell
+
+
+def run(command: list[str], log: Path) -> float:
+    """A command with one thread; the seconds of processor time that it and its children took."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"train.py failed, see {log}: {log.read_text().splitlines()[-1]}")
+    return usage.ru_utime + usage.ru_stime
+
+
+def score_missing(cells: list[Cell], data_dir: Path, work_dir: Path) -> None:
+    """Each cell's best model on the test split, utterance by utterance, into COUNTS_FILE."""
+    missing = [cell for cell in cells if not (cell.folder(work_dir) / COUNTS_FILE).is_file()]
+    if not missing:
+        return
+    from config import EvaluateConfig
+    from model_scorer import ModelScorer
+    from processes import start_processes
+    from scoring import evaluate
+    from slices import errors_and_lengths
+
+    accelerator = start_processes([], "")
+    for cell in missing:
+        folder = cell.folder(work_dir)
+        config = EvaluateConfig(str(folder / "model"), str(data_dir), dataloader_num_workers=0)
+        scorer = ModelScorer(config, accelerator)
+        found = evaluate(scorer, scorer.dataset, np.arange(len(scorer.dataset)), f"scoring {cell.name} {cell.seed}")
+        (errors_N, words_N), _ = errors_and_lengths(found.counts)
+        counts = pandas.DataFrame({"id": list(scorer.dataset.column("id")), "errors": errors_N, "words": words_N})
+        counts.to_csv(folder / COUNTS_FILE, index=False)
+    accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Of all its seeds: errors of each utterance, words of it, and the figures of each run."""
+
+    name: str
+    errors_N: np.ndarray
+    words_N: np.ndarray
+    test_wers: list[float]
+    dev_wers: list[float]
+
+    @property
+    def wer(self) -> float:
+        """Over all seeds."""
+        return self.errors_N.sum() / self.words_N.sum()
+
+
+def read_arms(cells: list[Cell], work_dir: Path) -> Iterator[Arm]:
+    """Arms in the order of the cells."""
+    for name in dict.fromkeys(cell.name for cell in cells):
+        folders = [cell.folder(work_dir) for cell in cells if cell.name == name]
+        tables = [pandas.read_csv(folder / COUNTS_FILE) for folder in folders]
+        results = [json.loads((folder / "train_results.json").read_text()) for folder in folders]
+        yield Arm(
+            name,
+            sum(table["errors"].to_numpy() for table in tables),
+            sum(table["words"].to_numpy() for table in tables),
+            [table["errors"].sum() / table["words"].sum() for table in tables],
+            [result["best_eval_wer"] for result in results],
+        )
+
+
+def print_cells(cells: list[Cell], work_dir: Path) -> None:
+    """The table, as it stands in README.md."""
+    arms = list(read_arms(cells, work_dir))
+    plain = {arm.name.removesuffix("plain"): arm for arm in arms if arm.name.endswith("plain")}
+    table = Table(box=box.MARKDOWN, pad_edge=False)
+    for name in ("arm", "WER, unseen voice", "of each seed", "against plain", "95 % interval", "", "known voices"):
+        table.add_column(name)
+    for arm in arms:
+        base = plain.get("demo_" if arm.name.startswith("demo_") else "")
+        difference = None if base is None or arm is base else rate_difference(base.errors_N, arm.errors_N, arm.words_N)
+        seeds = ", ".join(f"{wer:.1%}" for wer in arm.test_wers)
+        known = f"{np.mean(arm.dev_wers):.1%}"
+        table.add_row(arm.name, f"{arm.wer:.1%}", seeds, *describe(difference), known)
+    print_table(table)
+
+
+def describe(difference: Difference | None) -> tuple[str, str, str]:
+    """A difference, its interval, and what it means."""
+    if difference is None:
+        return "", "", ""
+    interval = difference.interval
+    verdict = "may be chance" if not difference.is_clear else "better" if interval.rate < 0 else "worse"
+    return f"{100 * interval.rate:+.1f}", f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}", verdict
+
+
+def print_costs(arms: list[str], data_dir: Path, work_dir: Path) -> None:
+    """Processor time of an update of each arm over the plain recipe's, from runs of COST_STEPS updates."""
+    seconds = {arm: cost_of_update(arm, data_dir, work_dir / "cost") for arm in dict.fromkeys(["plain", *arms])}
+    table = Table(box=box.MARKDOWN, pad_edge=False)
+    for name in ("arm", "seconds of one core per update", "over plain"):
+        table.add_column(name)
+    for arm, one in seconds.items():
+        table.add_row(arm, f"{one:.3f}", f"{one / seconds['plain']:.2f}")
+    print_table(table)
+
+
+def cost_of_update(arm: str, data_dir: Path, work_dir: Path) -> float:
+    """What the longer run takes more than the shorter one, by update."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    taken = []
+    for steps in COST_STEPS:
+        folder = work_dir / f"{arm}_{steps}"
+        shutil.rmtree(folder, ignore_errors=True)
+        limits = ["--max_steps", str(steps), "--eval_steps", str(steps), "--do_predict", "false"]
+        taken.append(run([*Cell(arm, 1).command(data_dir, folder), *limits], folder.with_suffix(".log")))
+        shutil.rmtree(folder)
+    return (taken[1] - taken[0]) / (COST_STEPS[1] - COST_STEPS[0])
+
+
+if __name__ == "__main__":
+    main()
