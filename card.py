@@ -13,6 +13,7 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
 
+import levers
 from atomic import write_atomically
 from audio import SAMPLE_RATE_HZ
 from coverage import commonest
@@ -190,8 +191,9 @@ def _training(run: "Run") -> list[str]:
             f"base model: {'none, random weights' if config.model_name_or_path is None else _base_model(run)}{frozen}",
             f"updates: {run.total_steps:,} of {size} utterances, {run.total_steps / run.plan.updates_per_epoch:.1f} "
             "epochs",
-            f"learning rate: {config.learning_rate:g}, {config.lr_scheduler_type}, {config.warmup_steps} warm-up "
+            f"learning rate: {config.learning_rate:g}, {config.lr_scheduler_type}, {run.schedule.warmup_steps} warm-up "
             f"updates; weight decay {config.weight_decay:g}",
+            *([f"also: {_verbatim(turned_on)}"] if (turned_on := levers.describe(config)) else []),
             f"precision: {run.accelerator.mixed_precision} (the launcher's mixed precision; the weights are fp32)",
             f"seed: {config.seed}",
             f"made with transformers {transformers.__version__} and torch {torch.__version__}",

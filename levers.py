@@ -13,6 +13,8 @@ ENCODER_SHARES = (
     *("mask_time_prob", "mask_feature_prob"),
 )
 ENCODER_LENGTHS = ("mask_time_length", "mask_feature_length")
+# Settings that the screen and the card name in any case.
+ALWAYS_SAID = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
 SPEED_RANGE = (0.5, 2.0)
 # A number of samples per second that shares a divisor of 160 with 16,000 keeps the resampling kernel small.
 SPEED_STEP = 0.01
@@ -212,6 +214,18 @@ class Regularisation:
         if self.mask_time_min_masks is not None and self.mask_time_min_masks < 0:
             found.append(f"--mask_time_min_masks is {self.mask_time_min_masks}, it cannot be negative")
         return found
+
+
+def describe(config: object) -> str:
+    """The settings of these groups that differ from their defaults, as `name value`; for the screen and the card."""
+    said = []
+    for part in (Augmentation, Regularisation, Rates):
+        default = part()
+        for field in dataclasses.fields(part):
+            value = getattr(config, field.name)
+            if value != getattr(default, field.name) and field.name not in ALWAYS_SAID:
+                said.append(f"{field.name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return ", ".join(said)
 
 
 # What the encoder's configuration does not say already.

@@ -330,6 +330,7 @@ class Run(Assembly):
             + (f"; cut at {self.max_batch_seconds:g} s of padded audio" if self.max_batch_seconds else ""),
             f"run         {self.total_steps} updates, {self.plan.updates_per_epoch} per epoch; precision "
             f"{facts['mixed_precision']} on {facts['device']}, {facts['distributed_type']}; seed {config.seed}",
+            *([f"levers      {turned_on}"] if (turned_on := levers.describe(config)) else []),
             f"evaluation  {self._describe_evaluations()}",
             f"disk        {disk}",
         ]

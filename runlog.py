@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LOG_COLUMNS = {
     "step": "optimizer steps done",
     "epoch": "passes over the training utterances, a fraction inside an epoch",
-    "train_loss": "CTC loss per label (nats), mean since the last row",
+    "train_loss": "CTC loss per label (nats), mean since the last row; without what smoothing and consistency add",
     "eval_loss": "CTC loss per label (nats) of the dev set",
     "eval_wer": "word error rate of the dev set, a fraction, on normalised texts",
     "eval_wer_low": "its lower limit, with 95 % confidence; see intervals.py",

@@ -17,7 +17,9 @@ from conftest import make_rows, training, write_part, write_recipe
 from huggingface_hub import ModelCard
 
 import card
+import levers
 from audio import SAMPLE_RATE_HZ
+from config import TrainConfig
 from data import ShardDataset
 from runlog import read_log
 
@@ -283,3 +285,13 @@ def test_the_command_that_a_run_ends_with_gives_our_text(
     assert (python, option) == ("python", "-c")
     exec(code.replace("CLIP.wav", str(clip[0])), {})
     assert capsys.readouterr().out == f"{clip[1]}\n"
+
+
+def test_the_levers_that_are_on_are_named() -> None:
+    """And those alone: a card says what was done to the data, not what could have been."""
+    plain = TrainConfig(learning_rate=1e-3, warmup_steps=5, weight_decay=0.1)
+    assert levers.describe(plain) == ""
+    turned = dataclasses.replace(
+        plain, augment_speed=[0.9, 1.1], consistency_weight=0.2, mask_time_prob=0.1, lr_scheduler_type="cyclic"
+    )
+    assert levers.describe(turned) == "augment_speed 0.9 1.1, consistency_weight 0.2, mask_time_prob 0.1"

@@ -476,7 +476,8 @@ def test_resume_with_two_processes_is_invisible(
     model_config = TINY_MODEL | TALKATIVE | MASKS | {"hidden_dropout": 0.2, "layerdrop": 0.5, "num_hidden_layers": 2}
     recipe = write_recipe(
         tmp_path / "recipe.yaml", prepared, model_config=model_config, per_device_train_batch_size=4,
-        logging_steps=2, eval_steps=3, save_steps=2, max_steps=6, do_predict=False,
+        logging_steps=2, eval_steps=3, save_steps=2, max_steps=6, do_predict=False, augment_speed=[0.9, 1.1],
+        augment_noise=["babble"], consistency_weight=0.2, label_smoothing=0.1, freeze_encoder_steps=3,
     )  # fmt: skip
     whole = run_ranks(2, "whole", "--config", recipe)
     stopped = run_ranks(2, "parts", "--config", recipe, stop_at=5)
