@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from augment import Augmenter
+from averaging import MovingAverage
 from cache import FactCache
 from config import TrainConfig
 from data import Batch, BatchPlan, Collator, CutSettings, ShardDataset, has_utterances
@@ -97,6 +98,7 @@ class Assembly:
         if self.accelerator.scaler is not None:
             # A rank whose cut is empty scales no loss, and unscaling needs the scale on its device.
             self.accelerator.scaler.scale(torch.zeros((), device=device))
+        self.ema = None if config.ema_decay is None else MovingAverage(self.model, config.ema_decay)
         self.leave_out_next_step(torch.ones((), device=device))
         optimizer.step()  # Makes the moments, so that their memory is counted before step 1.
 

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 import levers
 from atomic import write_atomically
 from audio import SAMPLE_RATE_HZ
+from config import METRICS
 from coverage import commonest
 from findings import percent
 from integrity import read_sealed
@@ -114,10 +115,22 @@ def _introduction(run: "Run") -> str:
     state, base = run.state, run.config.model_name_or_path
     origin = "trained from random weights" if base is None else f"fine-tuned from {_base_model(run)}"
     goes_on = "" if state.step == run.total_steps else f"; the run was at update {state.step} when this was written"
-    return (
-        f"A {run.hf_config.model_type} model with a CTC head, {origin}. Its weights are those after update "
-        f"{state.best_step} of {run.total_steps}, which had the lowest {_split(run, 'dev')} WER{goes_on}."
-    )
+    if state.stopped_early_at_step is not None:
+        goes_on = f"; the run stopped early at update {state.step}, no longer getting better"
+    return f"A {run.hf_config.model_type} model with a CTC head, {origin}. {_weights(run)}{goes_on}."
+
+
+def _weights(run: "Run") -> str:
+    """What they are of, as the run chose them."""
+    state, lowest = run.state, f"which had the lowest {_split(run, 'dev')} {METRICS[run.config.metric_for_best_model]}"
+    update = f"update {state.best_step} of {run.total_steps}, {lowest}"
+    if state.best_weights == "ema":
+        decay = f"an exponential moving average (decay {run.config.ema_decay:g})"
+        return f"Its weights are {decay} of those up to {update}"
+    if state.best_weights == "average":
+        steps = ", ".join(str(step) for step in run.best.averaged_steps)
+        return f"Its weights are the mean of those at updates {steps} of {run.total_steps}, {lowest}"
+    return f"Its weights are those after {update}"
 
 
 # --- Figures -------------------------------------------------------------------------------------------------------
@@ -185,12 +198,13 @@ def _text(run: "Run") -> list[str]:
 
 def _training(run: "Run") -> list[str]:
     config, size = run.config, run.state.utterances_per_update
+    updates = run.total_steps if run.state.stopped_early_at_step is None else run.state.stopped_early_at_step
     frozen = ", feature encoder frozen" if config.freeze_feature_encoder else ""
     return _bullets(
         [
             f"base model: {'none, random weights' if config.model_name_or_path is None else _base_model(run)}{frozen}",
-            f"updates: {run.total_steps:,} of {size} utterances, {run.total_steps / run.plan.updates_per_epoch:.1f} "
-            "epochs",
+            f"updates: {updates:,} of {size} utterances, {updates / run.plan.updates_per_epoch:.1f} epochs"
+            f"{'' if updates == run.total_steps else f', of {run.total_steps:,} that were planned'}",
             f"learning rate: {config.learning_rate:g}, {config.lr_scheduler_type}, {run.schedule.warmup_steps} warm-up "
             f"updates; weight decay {config.weight_decay:g}",
             *([f"also: {_verbatim(turned_on)}"] if (turned_on := levers.describe(config)) else []),
@@ -211,7 +225,8 @@ def _limits(run: "Run", results: Results) -> list[str]:
         f"{seconds.max():.1f} s.",
         "WER and CER are those of normalised texts: it writes neither another case than that above nor a character "
         "that was removed.",
-        f"The {_split(run, 'dev')} figures are the best of the evaluations of this run, chosen by this very WER.",
+        f"The {_split(run, 'dev')} figures are the best of the evaluations of this run, chosen by this very "
+        f"{METRICS[run.config.metric_for_best_model]}.",
     ]
     if run.eval_set is run.train_set:
         limits.append("The train figures are of utterances that it was trained on: how well it knows them by heart.")

@@ -59,7 +59,8 @@ PANELS = (
     Panel("Loss", "CTC loss per label (nats)", (Series("train_loss", "training"), Series("eval_loss", "dev"))),
     Panel(
         "Word error rate", "dev, with 95 % interval",
-        (Series("eval_wer", "WER", "eval_wer_low", "eval_wer_high"),), is_percent=True,
+        (Series("eval_wer", "WER", "eval_wer_low", "eval_wer_high"), Series("ema_eval_wer", "WER, averaged weights")),
+        is_percent=True,
     ),
     Panel(
         "Character error rate", "dev, with 95 % interval",

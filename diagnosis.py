@@ -16,6 +16,8 @@ import numpy as np
 from schedule import Schedule
 
 Row = Mapping[str, float | str | None]
+# States in which a WER of 1 is no trouble: the run is to go on.
+NORMAL_STATES = ("before the plateau", "plateau", "leaving the plateau")
 
 # Below this nothing is said: words come right, and the WER itself tells how the run does.
 HOPELESS_WER = 0.99

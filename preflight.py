@@ -38,6 +38,7 @@ from rich.text import Text
 from atomic import free_bytes, nearest_existing, write_atomically
 from audio import SAMPLE_RATE_HZ
 from audio_checks import check_audio
+from averaging import AVERAGE_FOLDER
 from config import PreflightConfig, parse_arguments
 from coverage import check_coverage, check_round_trip
 from data import CutSettings, cut_update
@@ -283,7 +284,11 @@ def check_disk(folder: Path, needed_bytes: int) -> Finding:
     if trouble := _trouble_with(folder):
         return Finding("disk", trouble, "refused", f"choose another --output_dir than {folder}")
     # What the run has written there already makes room for what replaces it.
-    held = sum(path.stat().st_size for name in ("checkpoints", "model") for path in (folder / name).rglob("*.*"))
+    held = sum(
+        path.stat().st_size
+        for name in ("checkpoints", "model", AVERAGE_FOLDER)
+        for path in (folder / name).rglob("*.*")
+    )
     free = free_bytes(folder) + held
     own = f", {held / 1e9:.2f} GB of it held by this run" if held else ""
     result = f"{needed_bytes / 1e9:.2f} GB needed, {free / 1e9:.1f} GB free{own}"
@@ -295,10 +300,31 @@ def check_disk(folder: Path, needed_bytes: int) -> Finding:
 
 
 def disk_bytes(assembly: "Assembly") -> int:
-    """Checkpoints with two moments per trained weight, one more while it is written, and the best model twice."""
+    """What the run will hold on the disk at most.
+
+    Checkpoints with two moments per trained weight and, where asked for, its moving average, one more while it is
+    written; the best model twice; the weights to average, with those that older checkpoints count on.
+    """
     trained, frozen = parameter_counts(assembly.model)
     weights = (trained + frozen) * BYTES_PER_WEIGHT
-    return (assembly.config.save_total_limit + 1) * (weights + 2 * trained * BYTES_PER_WEIGHT) + 2 * weights
+    per_weight = 2 + (assembly.ema is not None)
+    checkpoints = assembly.config.save_total_limit + 1
+    models = 2 + _averaged_models(assembly)
+    return checkpoints * (weights + per_weight * trained * BYTES_PER_WEIGHT) + models * weights
+
+
+def _averaged_models(assembly: "Assembly") -> int:
+    """Files of weights in average/ at most: the best, those of the checkpoints that are kept, one being written.
+
+    And model/ of the best single evaluation, which is kept there beside an average.
+    """
+    config = assembly.config
+    if config.average_best is None:
+        return 0
+    # Each evaluation since the oldest checkpoint may have pushed out one that this one counts on.
+    since = -(-config.save_total_limit * config.save_steps // config.eval_steps)
+    evaluations = -(-assembly.total_steps // config.eval_steps)
+    return min(config.average_best + since, config.average_best * (config.save_total_limit + 1), evaluations) + 2
 
 
 def _check_disk_of_run(assembly: "Assembly") -> Finding:

@@ -12,17 +12,14 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-import card
+import averaging
 import checkpoint
 import diagnosis
 import levers
@@ -30,33 +27,28 @@ import preflight
 import roundtrip
 import runlog
 from assembly import Assembly
-from atomic import ASIDE, UNFINISHED, recover_folder, replace_folder, reporting_disk_errors, write_atomically
+from atomic import ASIDE, UNFINISHED, recover_folder, write_atomically
 from audio import SAMPLE_RATE_HZ
+from averaging import EMA_PREFIX, EMA_UPDATES
+from best_model import EMA, TRAINED, BestModel, begin_again, figures_of
 from clock import PHASE_COLUMNS, PHASES, Clock, Work, seconds_left
-from config import TrainConfig, write_config
+from config import METRICS, TrainConfig, write_config
 from data import ShardDataset
-from errors import RunFailed, Stopped, UsageError
+from errors import Stopped, UsageError
 from hosts import TOKEN_PREFIX, check_same
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
-from metrics import Score
 from model import num_frames, parameter_counts
-from pretrained import save_model
 from processes import describe_processes
 from progress import Progress, say
 from recovery import Cuts
-from scoring import Evaluation, describe_limits, rates
+from scoring import Evaluation, describe_limits
 from selection import draw_subset
-from sharding import gather_tensors, load_weights, weights_of, whole
+from sharding import gather_tensors, load_weights
 from slices import Breakdown, describe_slice
 from stopping import StopSignals
-from text import RULES_FILE
 
 SAMPLES_SHOWN = 3
-LIMITS = ("eval_wer_low", "eval_wer_high")
-# Of the state: what model/ is, kept beside it for a resume from a checkpoint before it.
-BEST_FIELDS = ("best_step", "best_eval_wer", "best_eval_limits", "best_eval_cer")
-BEST_FILE = "best.json"
 # A second of audio in an evaluation costs about a third of one in training: no backward pass. The field notes' base and
 # large models have 0.26 to 0.40.
 EVALUATION_COST = 1 / 3
@@ -64,14 +56,12 @@ EVALUATION_COST = 1 / 3
 LARGE_EVALUATION = 0.25
 # Fewer clips tell little from one evaluation to the next.
 MIN_EVALUATION = 50
-# Of the clips of eval_samples.csv, the shortest, for the check of a saved model.
-PROBE_CLIPS = 3
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 # What a run leaves in its folder.
 RUN_FILES = (
     *("config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv"),
     *("eval_slices.csv", "bad_batches.csv", "train_results.json", "checkpoints", runlog.REPORT_FILE),
-    *("model", "model.new", "model.rejected", roundtrip.PROBE_FILE),
+    *("model", "model.new", "model.rejected", averaging.AVERAGE_FOLDER, roundtrip.PROBE_FILE),
     *(*preflight.REPORT_FILES, TRACKER_PROJECT, "wandb"),
 )
 
@@ -87,11 +77,20 @@ class RunState:
     finished_step: int = -1
     """The last step that was evaluated and logged as was due; a run that is asked to stop does not wait for that."""
     best_step: int | None = None
+    best_metric: float | None = None
+    """By --metric_for_best_model, which alone decides."""
+    best_weights: str | None = None
+    """What model/ holds of `best_step`: see `best_model`."""
     best_eval_wer: float | None = None
     best_eval_limits: list[float] = field(default_factory=list)
-    """Of the best WER, with 95 % confidence; empty where they cannot be known."""
+    """Of that WER, with 95 % confidence; empty where they cannot be known."""
     best_eval_cer: float | None = None
-    """At `best_step`, which the WER alone decides."""
+    best_evaluations: list[list[float]] = field(default_factory=list)
+    """Step and metric of the --average_best evaluations whose weights lie in average/, the best first."""
+    patience: dict[str, float | None] = field(default_factory=dict)
+    """Of `early_stopping.Patience`."""
+    stopped_early_at_step: int | None = None
+    stopped_early_because: str | None = None
     eval_wer_before: float | None = None
     test_before: dict[str, float] | None = None
     sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
@@ -131,6 +130,7 @@ class Run(Assembly):
         if config.resume_from_checkpoint is not None:
             self._read_checkpoint()
         self.plan_updates(self.state.utterances_per_update)
+        self.best = BestModel(self)
         self._check()
         if config.resume_from_checkpoint is None:
             self._begin()
@@ -141,7 +141,6 @@ class Run(Assembly):
         self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter, self.state.bad_in_a_row)
         self.stop = StopSignals(config.max_hours, self._started_at)
         self.memory_limit = MemoryLimit(accelerator.device, config.memory_limit_mb)
-        self._opened_step: int | None = None  # of the model that was opened in a clean process, by this one
         checkpointing = "" if config.gradient_checkpointing else "give --gradient_checkpointing, "
         self.cuts = Cuts(
             "update", f"{checkpointing}lower --max_duration_in_seconds, or use a smaller model", self._report_retry
@@ -163,7 +162,10 @@ class Run(Assembly):
         """What decides the meaning of a run: its data, its texts, its model, the order and size of its steps."""
         config, augmenter = self.config, self.collate.augmenter
         sets = {"train": self.train_set, "evaluation": self.eval_set, "test": self.test_set}
-        settings = "seed num_train_epochs max_steps max_grad_norm freeze_feature_encoder max_eval_samples"
+        settings = (
+            "seed num_train_epochs max_steps max_grad_norm freeze_feature_encoder max_eval_samples "
+            "metric_for_best_model early_stopping_patience early_stopping_threshold ema_decay average_best"
+        )
         return {
             **{f"the {name} data": one.fingerprint for name, one in sets.items() if one is not None},
             "the selection of training utterances": hashlib.sha256(self.selection.rows.tobytes()).hexdigest(),
@@ -230,6 +232,7 @@ class Run(Assembly):
             )
         saved.resumed_anyway.append({"step": saved.step, "changed": was})
         saved.identity = own
+        begin_again(saved, [name for name in changed if name in vars(self.config)])
         if self.is_main:
             print(f"resuming anyway, although different in {', '.join(was)}", flush=True)
 
@@ -246,9 +249,10 @@ class Run(Assembly):
         """Weights, optimizer and scaler of the checkpoint; the log is cut back to its length."""
         # Without results the run was stopped behind its last update, and only the end is still to do.
         has_results = (self.folder / "train_results.json").is_file()
-        if self.state.step > self.total_steps or (self.state.step == self.total_steps and has_results):
+        if self.state.step > self.total_steps or (self.is_over and has_results):
+            early = ", stopped early" if self.state.stopped_early_at_step is not None else ""
             raise UsageError(
-                f"{self.folder} is finished (step {self.state.step} of {self.total_steps}): use model/, "
+                f"{self.folder} is finished (step {self.state.step} of {self.total_steps}{early}): use model/, "
                 "or train into another --output_dir"
             )
         tensors, saved = checkpoint.load_checkpoint(self.checkpoint)
@@ -257,9 +261,11 @@ class Run(Assembly):
         checkpoint.restore_optimizer(self.model, self.optimizer.optimizer, tensors, saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
+        if self.ema is not None and not self.ema.load(tensors) and self.is_main:
+            print(f"the moving average begins at step {self.state.step}, whose checkpoint holds none")
         has_changed = saved["run"]["identity"] != self.state.identity
         self.status.by_first(self.is_main, lambda: self._cut_back(has_changed))
-        self._adopt_best(has_changed)
+        self.best.adopt(has_changed)
 
     def _cut_back(self, has_changed: bool) -> None:
         """The run directory as it was at the checkpoint, but for model/."""
@@ -274,6 +280,11 @@ class Run(Assembly):
         if has_changed:
             self._write_config()  # --resume_anyway: the next resume is one of the run as it is now.
         recover_folder(self.folder / "model")
+        averaging.put_single_back(self.folder)
+        if self.config.average_best is not None:
+            steps = self.best.averaged_steps
+            averaging.check_present(self.folder, steps)
+            averaging.remove_unused(self.folder, steps)
         self._open_tables()
         self.log.truncate(self.state.log_bytes)
         self.samples.truncate(self.state.sample_bytes)
@@ -283,24 +294,6 @@ class Run(Assembly):
         note = f"; done again: {', '.join(path.name for path in later)}" if later else ""
         said = f"resumed     from {self.checkpoint} at step {self.state.step} of {self.total_steps}{note}"
         print("\n".join([*self._describe(disk), said]), flush=True)
-
-    def _adopt_best(self, has_changed: bool) -> None:
-        """model/ may be of a step behind the checkpoint: then it is the best so far, unless --resume_anyway changed.
-
-        The updates up to it are done again; on a CPU they give the same weights, on a GPU nearly.
-        """
-        try:
-            best = json.loads((self.folder / "model" / BEST_FILE).read_text(encoding="utf-8"))
-            is_ahead = best["best_step"] > self.state.step
-            best = {name: best[name] for name in BEST_FIELDS}
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        if not is_ahead:
-            return
-        for name in best:
-            setattr(self.state, name, getattr(RunState, name, []) if has_changed else best[name])
-        if has_changed and self.is_main:
-            print(f"model/ is of step {best['best_step']} under the old settings; the next evaluation replaces it")
 
     def _open_tables(self) -> None:
         self.log = runlog.TrainingLog(self.folder / "training_log.csv")
@@ -332,6 +325,7 @@ class Run(Assembly):
             f"{facts['mixed_precision']} on {facts['device']}, {facts['distributed_type']}; seed {config.seed}",
             *([f"levers      {turned_on}"] if (turned_on := levers.describe(config)) else []),
             f"evaluation  {self._describe_evaluations()}",
+            *self.best.describe(),
             f"disk        {disk}",
         ]
 
@@ -345,6 +339,7 @@ class Run(Assembly):
         clips = f"{len(self.eval_rows):,} of {len(self.eval_set):,} clips"
         rest = [", and the test set"] if self.test_set is not None else []
         rest += [", and all of dev at the end"] if self._scores_all_of_dev else []
+        rest += [", and the mean of the best"] if self.config.average_best is not None else []
         said = f"{clips}, {passes} times{''.join(rest)}: about {share:.0%} of the run"
         if share < LARGE_EVALUATION or self.config.eval_split == "train":
             return said
@@ -364,7 +359,23 @@ class Run(Assembly):
             always += float(self.test_set.num_samples.sum(dtype=np.int64)) * (1 + before)
         if self._scores_all_of_dev:
             always += float(self.eval_set.num_samples.sum(dtype=np.int64))
-        return math.ceil(self.total_steps / self.config.eval_steps) + before, always
+        evaluations = math.ceil(self.total_steps / self.config.eval_steps) * self._scored_weights + before
+        return evaluations, always + self._averages_scored * float(self._eval_samples)
+
+    @property
+    def _eval_samples(self) -> int:
+        """Samples of the dev rows that are scored while training."""
+        return int(self.eval_set.num_samples[self.eval_rows].sum(dtype=np.int64))
+
+    @property
+    def _scored_weights(self) -> int:
+        """Sets of weights that an evaluation scores: those of the updates, and their moving average."""
+        return 1 if self.ema is None else 2
+
+    @property
+    def _averages_scored(self) -> int:
+        """At the end: the mean of the best."""
+        return int(self.config.average_best is not None)
 
     @property
     def _scores_all_of_dev(self) -> bool:
@@ -386,7 +397,7 @@ class Run(Assembly):
         evaluations, saves = (
             math.ceil(total / every) - step // every for every in (self.config.eval_steps, self.config.save_steps)
         )
-        left = Work(total - step, evaluations * dev + rest, saves)
+        left = Work(total - step, evaluations * self._scored_weights * dev + rest, saves)
         return seconds_left(self.work_done, left, self.clock.spent, EVALUATION_COST / update)
 
     @functools.cached_property
@@ -395,8 +406,10 @@ class Run(Assembly):
         rest = [self.test_set] if self.test_set is not None else []
         rest += [self.eval_set] if self._scores_all_of_dev else []
         samples = (
-            float(self.eval_set.num_samples[self.eval_rows].sum(dtype=np.int64)),
-            float(sum(one.num_samples.sum(dtype=np.int64) for one in rest)),
+            float(self._eval_samples),
+            float(
+                sum(one.num_samples.sum(dtype=np.int64) for one in rest) + self._averages_scored * self._eval_samples
+            ),
             float(self.plan.num_samples.mean()) * self.state.utterances_per_update,
         )
         return tuple(number / SAMPLE_RATE_HZ for number in samples)
@@ -439,22 +452,30 @@ class Run(Assembly):
         self._log_row(self._training_values(), progress)
 
     def log_evaluation(
-        self, evaluation: Evaluation, started_at: float, samples: list[dict[str, object]], progress: Progress
+        self,
+        evaluations: Mapping[str, Evaluation],
+        started_at: float,
+        samples: list[dict[str, object]],
+        progress: Progress,
     ) -> None:
-        """A row with the scores, the slices, the samples, the plot; and model/, when the WER is the best so far.
+        """A row with the scores, the slices, the samples, the plot; and model/, when it is the best so far.
 
         Args:
-            evaluation: of the dev rows.
-            started_at: reading of time.perf_counter() before it.
+            evaluations: of the dev rows, by what the weights are; the trained ones stand in the log's own columns.
+            started_at: reading of time.perf_counter() before them.
             samples: rows for eval_samples.csv.
             progress: to print through.
         """
-        score = evaluation.score
-        slices = self.eval_breakdown.score(evaluation.counts) if self.is_main else []
+        counts = evaluations[TRAINED].counts
+        slices = self.eval_breakdown.score(counts) if self.is_main else []
+        figures = {name: figures_of(self, one) for name, one in evaluations.items()}
         values = self._training_values() if self.state.step else {}
-        values |= evaluation_values(score) | rates(evaluation, self.eval_breakdown.speakers, "eval_")
+        values |= figures[TRAINED]
+        if EMA in figures:
+            values |= {f"ema_{name}": figures[EMA][name] for name in METRICS}
         values["eval_runtime"] = time.perf_counter() - started_at
         remarks = self._diagnose(values) if self.is_main else []
+        is_normal = values.get("state") in diagnosis.NORMAL_STATES
         self._log_row(values, progress)
         if self.is_main:
             self.slices.append(*({"step": self.state.step} | describe_slice(one) for one in slices))
@@ -465,17 +486,18 @@ class Run(Assembly):
                 progress.print(line)
             runlog.draw_training_curve(runlog.read_log(self.log.path), self.folder / "training_curve.png")
         if self.state.step == 0:
-            self.state.eval_wer_before = score.wer
-        elif self.state.best_eval_wer is None or score.wer < self.state.best_eval_wer:
-            self.state.best_eval_wer, self.state.best_step = score.wer, self.state.step
-            self.state.best_eval_limits = [values[name] for name in LIMITS if name in values]
-            self.state.best_eval_cer = score.cer
-            with self.clock.phase("save"):
-                weights = self._gather_weights()
-                with whole(self.model):
-                    self.status.by_first(self.is_main, lambda: self._save_best(weights))
-            if self._opened_step is None:  # on every rank: they must agree on what is still to be done
-                self._opened_step = self.state.best_step
+            self.state.eval_wer_before = figures[TRAINED]["eval_wer"]
+            return
+        chosen = self.best.choose(figures)
+        self.best.take(chosen, figures[chosen])
+        because = self.best.judge_patience(figures[chosen], is_normal)
+        if because and self.is_main:
+            progress.print(f"stopping early at step {self.state.step} of {self.total_steps}: {because}")
+
+    @property
+    def is_over(self) -> bool:
+        """No update is left to do."""
+        return self.state.step == self.total_steps or self.state.stopped_early_at_step is not None
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
@@ -504,17 +526,22 @@ class Run(Assembly):
         state.elapsed_seconds = self._elapsed_seconds()
         self._started_at = time.monotonic()
         moments, optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer.optimizer)
-        weights, moments = self._gather_weights(), gather_tensors(moments, self.is_main)
+        averages = {} if self.ema is None else {f"{EMA_PREFIX}{name}": one for name, one in self.ema.tensors.items()}
+        weights = self.best.gather_weights()
+        moments, averages = gather_tensors(moments, self.is_main), gather_tensors(averages, self.is_main)
         if self.is_main:
             state.log_bytes, state.sample_bytes = self.log.length_bytes, self.samples.length_bytes
             state.slice_bytes = self.slices.length_bytes
             path = self._bad_batches_path
             state.bad_batch_bytes = path.stat().st_size if path.exists() else 0
-            tensors = {f"model/{name}": value for name, value in weights.items()}
+            tensors = {f"model/{name}": value for name, value in weights.items()} | averages
+            if self.ema is not None:
+                tensors[EMA_UPDATES] = self.ema.num_updates
             scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
             facts = {"run": asdict(state), "optimizer": optimizer, "scaler": scaler}
             checkpoint.save_checkpoint(self.folder, state.step, tensors | moments, facts)
             checkpoint.prune_checkpoints(self.folder, self.config.save_total_limit)
+            averaging.remove_unused(self.folder, self.best.averaged_steps)
 
     def write_bad_batches(self, rows: list[dict[str, object]]) -> None:
         """The clips of an update that was left out, of all ranks, into bad_batches.csv."""
@@ -537,32 +564,6 @@ class Run(Assembly):
         rank = f"[rank {self.accelerator.process_index}] " if self.accelerator.num_processes > 1 else ""
         say(f"{rank}{message}", sys.stderr)
 
-    def load_best(self) -> None:
-        """Put the weights of model/ in place, on every rank.
-
-        Raises:
-            RunFailed: the file is not there any more, or is another one.
-        """
-        self.accelerator.wait_for_everyone()
-        path = self.folder / "model" / "model.safetensors"
-        try:
-            load_weights(self.model, load_file(path))
-        except (OSError, SafetensorError) as error:
-            raise RunFailed(
-                f"{path} cannot be read as weights ({error}): put the file of step {self.state.best_step} back, or "
-                "resume from a checkpoint before it"
-            ) from error
-
-    def check_best(self) -> None:
-        """Open model/, whose weights `load_best` has put in place, in a clean process, where it has not been yet.
-
-        Raises:
-            RunFailed: it is not what was saved.
-        """
-        if self._opened_step != self.state.best_step:
-            with whole(self.model):
-                self.status.by_first(self.is_main, self._open_best)
-
     def write_results(self, results: dict[str, object]) -> None:
         """`train_results.json`, the mark of a finished run."""
         self._write("train_results.json", json.dumps(results, indent=1))
@@ -577,11 +578,15 @@ class Run(Assembly):
             "train_samples": len(self.plan.rows),
             "train_samples_per_second": sums["utterances"] / max(sums["seconds"], 1e-9),
             "train_steps_per_second": state.step / max(sums["seconds"], 1e-9),
+            "metric_for_best_model": self.config.metric_for_best_model,
             "best_step": state.best_step,
+            "best_weights": state.best_weights,
+            f"best_{self.config.metric_for_best_model}": state.best_metric,
             "best_eval_wer": state.best_eval_wer,
             **dict(zip(("best_eval_wer_low", "best_eval_wer_high"), state.best_eval_limits, strict=False)),
             "best_eval_cer": state.best_eval_cer,
             "eval_wer_before": state.eval_wer_before,
+            **({} if state.stopped_early_at_step is None else _describe_stop(state)),
             **({"resumed_anyway": state.resumed_anyway} if state.resumed_anyway else {}),
         }
 
@@ -646,56 +651,6 @@ class Run(Assembly):
         values["state"], lines = diagnosis.remark([*history, {"step": self.state.step, **values}], facts)
         return lines
 
-    def _gather_weights(self) -> dict[str, torch.Tensor]:
-        """Of the model by Hugging Face's names; on the first rank only, and asked for by all."""
-        return gather_tensors(weights_of(self.model), self.is_main)
-
-    def _save_best(self, weights: dict[str, torch.Tensor]) -> None:
-        """`model/`, unless what was written is not what was trained: that stays in model.rejected."""
-        temporary, is_first = self.folder / "model.new", self._opened_step is None
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        num_bytes = sum(value.nbytes for value in weights.values())
-        with reporting_disk_errors(self.folder / "model", num_bytes):
-            try:
-                save_model(self.loaded, temporary, weights)
-                rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
-                text = json.dumps(rules, ensure_ascii=False, indent=1)
-                (temporary / RULES_FILE).write_text(text, encoding="utf-8")
-                best = json.dumps({name: getattr(self.state, name) for name in BEST_FIELDS}, indent=1)
-                (temporary / BEST_FILE).write_text(best, encoding="utf-8")
-                card.write_card(temporary, self, self.training_results())
-                if is_first:
-                    self._write_probe()
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)  # The next checkpoint may need the room.
-                raise
-        try:
-            roundtrip.check_written(temporary, weights)
-            if is_first:
-                self._check_opening(temporary)
-        except RunFailed as error:
-            rejected = self.folder / "model.rejected"
-            shutil.rmtree(rejected, ignore_errors=True)
-            temporary.rename(rejected)
-            raise RunFailed(f"{error}; it is kept as {rejected}, and model/ is as it was") from error
-        replace_folder(temporary, self.folder / "model")
-
-    def _open_best(self) -> None:
-        self._write_probe()
-        self._check_opening(self.folder / "model")
-
-    def _write_probe(self) -> None:
-        """What the model in memory makes of a few short clips."""
-        heard = num_frames(self.eval_set.num_samples, self.hf_config.conv_kernel, self.hf_config.conv_stride) > 0
-        rows = sorted(self.sample_rows[heard[self.sample_rows]], key=lambda row: self.eval_set.num_samples[row])
-        clips = [self.eval_set[int(row)] for row in rows[:PROBE_CLIPS]]
-        roundtrip.write_probe(self.folder / roundtrip.PROBE_FILE, self.loaded, self.collate, clips)
-
-    def _check_opening(self, folder: Path) -> None:
-        probe = self.folder / roundtrip.PROBE_FILE
-        roundtrip.check_opening(folder, probe)
-        probe.unlink()
-
     def _elapsed_seconds(self) -> float:
         return self.state.elapsed_seconds + time.monotonic() - self._started_at
 
@@ -713,6 +668,10 @@ def _describe_config(hf_config: object) -> dict[str, object]:
         for name, value in fields.items()
         if name not in (*foreign, "vocab_size") and not name.endswith("_token_id")
     }
+
+
+def _describe_stop(state: RunState) -> dict[str, object]:
+    return {name: getattr(state, name) for name in ("stopped_early_at_step", "stopped_early_because")}
 
 
 @dataclass(frozen=True)
@@ -772,31 +731,6 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def evaluation_values(score: Score) -> dict[str, float]:
-    """A score under the names of the log."""
-    return {
-        "eval_loss": score.loss,
-        "eval_wer": score.wer,
-        "eval_cer": score.cer,
-        "eval_raw_wer": score.raw_wer,
-        "eval_sentence_error_rate": score.sentence_error_rate,
-        "blank_fraction": score.blank_fraction,
-        "eval_near_ties": score.near_ties,
-        "eval_insertion_rate": score.words.insertions / max(score.words.reference_length, 1),
-        "eval_deletion_rate": score.words.deletions / max(score.words.reference_length, 1),
-        "eval_substitution_rate": score.words.substitutions / max(score.words.reference_length, 1),
-        "eval_word_count_ratio": score.words.length_ratio,
-        "eval_label_length_ratio": score.label_length_ratio,
-        "eval_empty_fraction": score.empty_fraction,
-        "eval_distinct_hypotheses": len(score.distinct_hypotheses),
-        "eval_mean_top_probability": score.mean_top_probability,
-        "eval_top_probability_deviation": score.top_probability_deviation,
-        "eval_unknown_reference_fraction": score.unknown_reference_fraction,
-        "eval_unknown_hypothesis_fraction": score.unknown_hypothesis_fraction,
-        "eval_unfit_input_fraction": score.unfit_input_fraction,
-    }
-
-
 def describe_row(row: dict[str, float], total_steps: int) -> str:
     """One line for the screen."""
     parts = [f"step {row['step']}/{total_steps}", f"epoch {row['epoch']:.2f}"]
@@ -806,5 +740,7 @@ def describe_row(row: dict[str, float], total_steps: int) -> str:
     if "eval_wer" in row:
         limits = describe_limits(row, "eval_wer", digits=1)
         parts.append(f"dev loss {row['eval_loss']:.3f}, WER {row['eval_wer']:.2%}{limits}, CER {row['eval_cer']:.2%}")
+        if "ema_eval_wer" in row:
+            parts.append(f"with averaged weights loss {row['ema_eval_loss']:.3f}, WER {row['ema_eval_wer']:.2%}")
         parts.append(f"evaluated in {row['eval_runtime']:.1f} s")
     return ", ".join(parts)

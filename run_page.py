@@ -23,6 +23,8 @@ def state_line(run: RunFolder) -> str:
     if run.is_finished:
         took = run.results.get("train_runtime")
         behind = f" in {format_seconds(took)} of training" if took else ""
+        because = run.results.get("stopped_early_because")
+        behind += f", stopped early: {because}" if because else ""
         return f"Finished: {int(run.log[-1]['step']):,} updates{behind}." if run.log else f"Finished{behind}."
     if not run.log:
         return "No update has been logged yet."
@@ -43,9 +45,10 @@ def _diagnosis(log: Sequence[Row]) -> str:
 def run_tiles(run: RunFolder) -> Markup | None:
     """The best error rates on dev, and those on test before and after."""
     figures = []
-    results = run.results or _best_so_far(run.log)
+    results = run.results or _best_so_far(run.log, run.config.get("metric_for_best_model", "eval_wer"))
     for prefix, name, before in (
         ("best_eval_", "dev", "eval_wer_before"),
+        ("average_eval_", "dev, mean of the best", ""),
         ("eval_full_", "all of dev", ""),
         ("test_", "test", "test_wer_before"),
     ):
@@ -55,6 +58,8 @@ def run_tiles(run: RunFolder) -> Markup | None:
         details = [_range(*limits)] if None not in limits else []
         if prefix == "best_eval_" and results.get("best_step") is not None:
             details.append(f"best, at step {results['best_step']:,}")
+        if prefix == "average_eval_":
+            details.append("it is model/" if results.get("kept") == "average" else "not better, so not kept")
         if results.get(before) is not None:
             details.append(f"before training {percent(results[before])}")
         figures.append((f"WER on {name}", percent(wer), "; ".join(details)))
@@ -191,13 +196,20 @@ def evaluation_command(run: RunFolder, data_dir: str | None) -> str:
     return shlex.join(["python", "evaluate.py", "--model_name_or_path", str(model), "--data_dir", str(data)])
 
 
-def _best_so_far(log: Sequence[Row]) -> Row:
+def _best_so_far(log: Sequence[Row], metric: str) -> Row:
     """Under the names of train_results.json, from the rows of an unfinished run behind step 0."""
-    scored = [row for row in log if "eval_wer" in row and row["step"]]
-    if not scored:
-        return {}
-    best = min(scored, key=lambda row: row["eval_wer"])
     names = ("eval_wer", "eval_wer_low", "eval_wer_high", "eval_cer")
+    scored = [row for row in log if "eval_wer" in row and row["step"]]
+    # The moving average's figures, which have no limits, stand in columns of their own.
+    averaged = [
+        {"step": row["step"]} | {name: row.get(f"ema_{name}") for name in (*names, metric)}
+        for row in scored
+        if "ema_eval_wer" in row
+    ]
+    candidates = [row for row in (*scored, *averaged) if row.get(metric) is not None]
+    if not candidates:
+        return {}
+    best = min(candidates, key=lambda row: row[metric])
     return {f"best_{name}": best.get(name) for name in names} | {"best_step": int(best["step"])}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atomic import reporting_disk_errors, write_atomically
+from config import METRICS
 from errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ LOG_COLUMNS = {
     "eval_unknown_reference_fraction": "share of the dev references' labels that the vocabulary lacks",
     "eval_unknown_hypothesis_fraction": "share of unknown tokens among the labels of the hypotheses",
     "eval_unfit_input_fraction": "share of dev waveforms that reach the model silent, unscaled or with a large offset",
+    **{f"ema_{name}": f"{name} of the weights' moving average (--ema_decay)" for name in METRICS},
     "eval_deaf_loss": "the best eval_loss that a model can reach without listening; see diagnosis.py",
     "state": "what a run is in whose WER is 0.99 or more; see diagnosis.py",
     "learning_rate": "of the last step",
@@ -201,6 +203,7 @@ def draw_training_curve(log: "pandas.DataFrame", path: Path, title: str = "") ->
     loss.set_title("CTC loss per label")
     _draw_line(errors, log, "eval_wer", "tab:red", "WER", marker="o", scale=100)
     _draw_line(errors, log, "eval_cer", "tab:purple", "CER", marker="s", scale=100)
+    _draw_line(errors, log, "ema_eval_wer", "tab:olive", "WER of the moving average", marker=".", scale=100)
     errors.set_title("Error rate on dev (%)" + _mark_best(errors, log))
     _draw_line(learning_rate, log, "learning_rate", "tab:green")
     learning_rate.set_title("Learning rate")

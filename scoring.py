@@ -122,6 +122,31 @@ def _full_precision(accelerator: Accelerator) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = was
 
 
+def evaluation_values(score: Score) -> dict[str, float]:
+    """A score under the names of the log."""
+    return {
+        "eval_loss": score.loss,
+        "eval_wer": score.wer,
+        "eval_cer": score.cer,
+        "eval_raw_wer": score.raw_wer,
+        "eval_sentence_error_rate": score.sentence_error_rate,
+        "blank_fraction": score.blank_fraction,
+        "eval_near_ties": score.near_ties,
+        "eval_insertion_rate": score.words.insertions / max(score.words.reference_length, 1),
+        "eval_deletion_rate": score.words.deletions / max(score.words.reference_length, 1),
+        "eval_substitution_rate": score.words.substitutions / max(score.words.reference_length, 1),
+        "eval_word_count_ratio": score.words.length_ratio,
+        "eval_label_length_ratio": score.label_length_ratio,
+        "eval_empty_fraction": score.empty_fraction,
+        "eval_distinct_hypotheses": len(score.distinct_hypotheses),
+        "eval_mean_top_probability": score.mean_top_probability,
+        "eval_top_probability_deviation": score.top_probability_deviation,
+        "eval_unknown_reference_fraction": score.unknown_reference_fraction,
+        "eval_unknown_hypothesis_fraction": score.unknown_hypothesis_fraction,
+        "eval_unfit_input_fraction": score.unfit_input_fraction,
+    }
+
+
 def rates(evaluation: Evaluation, speakers: np.ndarray, prefix: str = "") -> dict[str, float]:
     """WER and CER with their limits (95 %), under the names `PREFIXwer`, `PREFIXwer_low` and so on."""
     wer, cer = error_intervals(evaluation.counts, speakers)

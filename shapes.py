@@ -125,12 +125,15 @@ COMPARISON = {
     "is_clear": (bool, bool),
 }
 TRAIN_RESULTS = Known(
-    {f"{prefix}_{name}": NUMBER for prefix in ("best_eval", "eval_full", "test")
+    {f"{prefix}_{name}": NUMBER for prefix in ("best_eval", "average_eval", "eval_full", "test")
      for name in ("wer", "wer_low", "wer_high", "cer")}
     | dict.fromkeys(("train_runtime", "eval_wer_before", "test_wer_before", "elapsed_seconds"), NUMBER)
     | dict.fromkeys((*PHASE_COLUMNS, "audio_hours_per_hour", "padding_fraction"), NUMBER)
+    | dict.fromkeys(("kept", "stopped_early_because"), str)
     | {"best_step": int, "eval_full_slices": [_SLICE], "test_slices": [_SLICE]}
 )  # fmt: skip
-CONFIG = Known({"max_steps": NUMBER, "num_train_epochs": NUMBER, "data_dir": str, "eval_split": str})
+CONFIG = Known(
+    {"max_steps": NUMBER, "num_train_epochs": NUMBER, "data_dir": str, "eval_split": str, "metric_for_best_model": str}
+)
 PREFLIGHT = Known({"left_out": EachOf(int), "findings": [dict.fromkeys(("check", "result", "verdict", "remedy"), str)]})
 ENVIRONMENT = Known({})

@@ -28,6 +28,7 @@ from accelerate import Accelerator
 
 import card
 from audio import SAMPLE_RATE_HZ
+from best_model import EMA, TRAINED
 from clock import describe_cost
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
@@ -103,6 +104,8 @@ def train(run: Run) -> None:
         run.meter.start()
         finish_step(run, progress)  # Step 0, or what a resumed run was stopped from doing.
         for update in run.clock.waiting(loader):
+            if run.is_over:  # Stopped early, now or before a resume.
+                break
             with run.clock.phase("compute"):
                 loss_sum, grad_norm = train_step(run, update)
             state.step += 1
@@ -127,7 +130,7 @@ def finish_step(run: Run, progress: Progress) -> None:
     elif step % config.logging_steps == 0:
         run.log_training(progress)
     run.state.finished_step = step
-    if step > 0 and (step % config.save_steps == 0 or is_last):
+    if step > 0 and (step % config.save_steps == 0 or run.is_over):
         run.save_checkpoint()
 
 
@@ -157,6 +160,8 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
         # The scaler's own way to leave an update out, for fp32 and bf16: no weight ever becomes NaN.
         run.leave_out_next_step((~torch.isfinite(grad_norm)).float())
     run.optimizer.step()
+    if run.ema is not None:
+        run.ema.update(torch.isfinite(grad_norm))
     run.bad_updates.watch(update.step, losses, grad_norm, loss, run.write_bad_batches)
     return loss_sum, grad_norm
 
@@ -218,11 +223,14 @@ def evaluate_and_log(run: Run, progress: Progress) -> None:
     """Evaluate on the dev set, and write the same few utterances out as text."""
     run.meter.pause()
     started_at = time.perf_counter()
-    evaluation = score(run, run.eval_set, run.eval_rows, "evaluating")
+    evaluations = {TRAINED: score(run, run.eval_set, run.eval_rows, "evaluating")}
+    if run.ema is not None and run.state.step:  # Before training it is the same weights.
+        with run.best.in_place(EMA):
+            evaluations[EMA] = score(run, run.eval_set, run.eval_rows, "evaluating the moving average")
     with run.clock.phase("evaluation"):
         with whole(run.model):
             samples = transcribe_samples(run)
-        run.log_evaluation(evaluation, started_at, samples, progress)
+        run.log_evaluation(evaluations, started_at, samples, progress)
     run.meter.start()
 
 
@@ -278,18 +286,31 @@ def evaluate_all_of_dev(run: Run) -> dict[str, object]:
     return rates(evaluation, breakdown.speakers, "eval_full_") | {"eval_full_slices": list(map(describe_slice, slices))}
 
 
+def try_average(run: Run) -> dict[str, object]:
+    """Score the mean of the best evaluations' weights on dev; it becomes model/ where it is better than the best."""
+    steps = run.best.averaged_steps
+    if len(steps) < 2:
+        if run.is_main:
+            print(f"nothing to average: {len(steps)} evaluation with a finite {run.config.metric_for_best_model}")
+        return {"average_of_steps": steps, "kept": "best"}
+    run.best.load_average()
+    return run.best.keep_better(score(run, run.eval_set, run.eval_rows, "average of the best"))
+
+
 def finish(run: Run) -> None:
     """Score the test split with the best model, write train_results.json and say what came out."""
     results = run.training_results()
-    run.load_best()
-    run.check_best()
+    run.best.load()
+    if run.config.average_best is not None:
+        results |= try_average(run)
+    run.best.check()
     results |= evaluate_all_of_dev(run)
     if run.test_set is not None:
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:
         results |= run.cost()
-        card.write_card(run.folder / "model", run, results)
+        card.write_card(run.folder / "model", run, run.best.figures_of_model(results))
         run.write_results(results)
         print("\n".join(summary(run, results)), flush=True)
 
@@ -298,8 +319,19 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
     """The lines at the end: figures, where things lie, how to use the model."""
     is_demo = run.config.demo_corpus
     lines = ["", f"finished: {run.state.step} updates in {format_seconds(results['train_runtime'])} of training"]
+    if run.state.stopped_early_because:
+        lines.append(
+            f"  stopped early, {run.total_steps - run.state.step} updates before the end: "
+            f"{run.state.stopped_early_because}"
+        )
+    averaged = " (moving average)" if run.state.best_weights == EMA else ""
     for name, meaning in (
-        ("best_eval_wer", f"{run.eval_set.folder.name} WER, best at step {run.state.best_step}"),
+        ("best_eval_wer", f"{run.eval_set.folder.name} WER, best at step {run.state.best_step}{averaged}"),
+        (
+            "average_eval_wer",
+            f"  mean of the {len(results.get('average_of_steps', []))} best: "
+            f"{'kept' if results.get('kept') == 'average' else 'not kept'}",
+        ),
         ("eval_full_wer", f"  all {len(run.eval_set):,} utterances of it"),
         ("test_wer", "test WER, best model"),
         ("test_wer_seen_speakers", "  unseen strings, known voices" if is_demo else "  voices heard in training"),

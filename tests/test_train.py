@@ -52,6 +52,7 @@ import processes
 import runlog
 import scoring
 import train
+from best_model import BestModel
 from clock import PHASE_COLUMNS
 from config import TrainConfig
 from data import BatchPlan, CutSettings, ShardDataset, training_loader
@@ -1024,7 +1025,9 @@ def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: 
     header = log_path.read_bytes().splitlines(keepends=True)[0]
     changed = {
         "best_step": 1, "best_eval_wer": -1.0,  # cannot be beaten
-        "best_eval_limits": [-2.0, -0.5], "best_eval_cer": -3.0,
+        "best_eval_limits": [-2.0, -0.5], "best_eval_cer": -3.0, "best_metric": -1.0, "best_weights": "ema",
+        "best_evaluations": [[1, -1.0]], "patience": {"count": 7},
+        "stopped_early_at_step": 5, "stopped_early_because": "the test says so",
         "eval_wer_before": 7.0, "test_before": {"test_wer": 8.0},
         "sums": add(state["sums"], "oom_retries", 30), "pending_sums": add(state["pending_sums"], "oom_retries", 4),
         "grad_norm": 123.0, "bad_in_a_row": [1, 0], "deaf_loss": 1.25, "elapsed_seconds": 1e6,
@@ -1257,7 +1260,7 @@ FULL_AT = {
     "samples": (runlog.SampleTable, "append", 2, "eval_samples.csv"),
     "plot": (runlog, "draw_training_curve", 2, "training_curve.png"),
     "checkpoint": (checkpoint, "save_checkpoint", 2, "checkpoints"),
-    "best model": (Run, "_save_best", 1, "model"),
+    "best model": (BestModel, "_write", 1, "model"),
     "results": (Run, "write_results", 1, "train_results.json"),
 }
 
