@@ -41,6 +41,8 @@ METRICS = {
     "eval_raw_wer": "WER against the texts as found",
     "eval_sentence_error_rate": "sentence error rate",
 }
+# Of so many names the one that was meant is found at a glance.
+SHORT_CHOICE = 4
 # A flag that says otherwise than the YAML file under another name.
 REPLACES = {"model_name_or_path": "model_config"}
 OLDER_NAMES = {
@@ -698,11 +700,11 @@ def _build_config(config_class: type[Config], values: dict[str, Any]) -> tuple[C
 
 
 def _nearest(value: Any, kind: Any) -> str:
-    """Of a choice among names, the one that was perhaps meant."""
-    if typing.get_origin(kind) is not Literal or not isinstance(value, str):
+    """Of a long choice among names, the one that was perhaps meant."""
+    names = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    if len(names) <= SHORT_CHOICE or not isinstance(value, str):
         return ""
-    nearest = difflib.get_close_matches(value, typing.get_args(kind), n=1, cutoff=0.4)
-    return f"; the nearest is {nearest[0]}" if nearest else ""
+    return f", the nearest is {difflib.get_close_matches(value, names, n=1, cutoff=0.0)[0]}"
 
 
 def _convert(value: Any, kind: Any) -> Any:

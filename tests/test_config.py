@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from config import PrepareConfig, TrainConfig, field_docstrings, parse_arguments, write_config
+from config import METRICS, PrepareConfig, TrainConfig, field_docstrings, parse_arguments, write_config
 from errors import UsageError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -142,6 +143,26 @@ WRONG_YAML = [
     ("model_overrides: 3", "--model_overrides is 3, a mapping (YAML only) or none is needed"),
 ]
 OUT_OF_RANGE = [
+    (
+        ["--early_stopping_patience", "0"],
+        "--early_stopping_patience is 0, at least 1 is needed; leave it out to train to the end",
+    ),
+    (
+        ["--early_stopping_threshold", "0.01"],
+        "--early_stopping_threshold 0.01 does nothing without --early_stopping_patience",
+    ),
+    (
+        ["--early_stopping_patience", "2", "--early_stopping_threshold", "-1"],
+        "--early_stopping_threshold is -1.0, it cannot be negative",
+    ),
+    (["--ema_decay", "1.0"], "--ema_decay is 1.0, it must lie between 0 and 1, such as 0.999"),
+    (["--ema_decay", "0"], "--ema_decay is 0.0, it must lie between 0 and 1, such as 0.999"),
+    (["--average_best", "1"], "--average_best is 1, at least 2 are needed for a mean"),
+    (
+        ["--metric_for_best_model", "eval_wre"],
+        "--metric_for_best_model is 'eval_wre', one of eval_wer, eval_cer, eval_loss, eval_raw_wer, "
+        "eval_sentence_error_rate is needed, the nearest is eval_wer",
+    ),
     *(
         ([f"--{name}", "0"], f"--{name} is 0, at least 1 is needed")
         for name in (
@@ -364,3 +385,7 @@ def test_no_setting_is_dead(config_class: type) -> None:
     assert {name for name in fields if not re.search(rf"\.{name}\b|\"{name}\"", sources)} == set()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config_class().seed = 3
+
+
+def test_metrics_have_words() -> None:
+    assert typing.get_args(typing.get_type_hints(TrainConfig)["metric_for_best_model"]) == tuple(METRICS)
