@@ -270,6 +270,8 @@ class Run(Assembly):
     def _cut_back(self, has_changed: bool) -> None:
         """The run directory as it was at the checkpoint, but for model/."""
         disk = self._check_disk()
+        if self.config.average_best is not None:
+            averaging.check_present(self.folder, self.best.averaged_steps)
         later = [path for path in checkpoint.list_checkpoints(self.folder) if path.name > self.checkpoint.name]
         if self.config.resume_from_checkpoint != "last":
             # Their logs are cut off here: the next `last` must not find one of them. Of `last`, they are damaged.
@@ -281,10 +283,7 @@ class Run(Assembly):
             self._write_config()  # --resume_anyway: the next resume is one of the run as it is now.
         recover_folder(self.folder / "model")
         averaging.put_single_back(self.folder)
-        if self.config.average_best is not None:
-            steps = self.best.averaged_steps
-            averaging.check_present(self.folder, steps)
-            averaging.remove_unused(self.folder, steps)
+        averaging.remove_unused(self.folder, self.best.averaged_steps)
         self._open_tables()
         self.log.truncate(self.state.log_bytes)
         self.samples.truncate(self.state.sample_bytes)

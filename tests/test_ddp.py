@@ -504,6 +504,59 @@ def test_resume_with_two_processes_is_invisible(
     assert alone.column("step") == whole.column("step")
 
 
+# Of the final model: see best_model.py.
+SELECTION = {
+    "ema_decay": 0.5, "average_best": 2, "early_stopping_patience": 2, "metric_for_best_model": "eval_loss",
+    "early_stopping_threshold": 1e-3,
+}  # fmt: skip
+
+
+def assert_same_choice(found: Ranks, expected: Ranks) -> None:
+    """Averages, the best, where the run stopped: in one more process' view rounding aside."""
+    results = [json.loads((ranks.run_dir / "train_results.json").read_text()) for ranks in (found, expected)]
+    for name in ("best_step", "best_weights", "average_of_steps", "kept", "stopped_early_at_step"):
+        assert results[0].get(name) == results[1].get(name), name
+    for name in ("best_eval_loss", "average_eval_loss"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4), name
+    assert found.column("ema_eval_loss") == pytest.approx(expected.column("ema_eval_loss"), rel=1e-4, nan_ok=True)
+    (mine, last), (theirs, _) = (
+        (ranks.state(int(ranks.column("step")[-1])), ranks.column("step")[-1]) for ranks in (found, expected)
+    )
+    assert mine["ema.num_updates"] == theirs["ema.num_updates"] == last
+    averages = [name for name in theirs if name.startswith("ema/")]
+    assert averages
+    for name in averages:
+        if not name.endswith("k_proj.bias"):
+            assert (mine[name] - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-6, name
+
+
+@pytest.mark.slow
+def test_averages_and_patience_with_two_processes_are_those_of_one(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Both processes stop at the same step, and so does a run that was stopped in between: bit for bit."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL | MASKS | {"initializer_range": 0.1},
+        per_device_train_batch_size=4, eval_steps=1, save_steps=2, max_steps=8, do_predict=False,
+        learning_rate=1e-5, **SELECTION,
+    )  # fmt: skip
+    one = run_ranks(1, "one", "--config", recipe, "--per_device_train_batch_size", 8)
+    whole = run_ranks(2, "two", "--config", recipe)
+    assert whole.statuses == [0, 0]
+    assert_one_voice(whole)
+    assert_same_choice(whole, one)
+    last = int(whole.column("step")[-1])
+    assert 1 < last < 8, "stopped early"
+    stopped = run_ranks(2, "parts", "--config", recipe, stop_at=last - 1)
+    assert stopped.statuses == [1, 1]
+    resumed = run_ranks(2, "parts", "--config", recipe, "--resume_from_checkpoint", "last")
+    assert repeatable(resumed) == repeatable(whole)
+    mine, theirs = resumed.state(last), whole.state(last)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert_same_choice(resumed, whole)
+
+
 @pytest.mark.slow
 def test_resume_with_another_number_of_processes_makes_the_same_updates(
     prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]

@@ -10,7 +10,9 @@ from conftest import REPOSITORY, TINY_MODEL, write_recipe
 from test_ddp import (  # noqa: F401 - fixtures
     MASKS,
     SECONDS_FOR_A_RUN,
+    SELECTION,
     Ranks,
+    assert_same_choice,
     assert_same_outcome,
     free_port,
     launch,
@@ -71,6 +73,30 @@ def test_a_divided_model_makes_the_updates_of_a_whole_one(
     run_ranks(2, "longer", "--config", recipe, launcher=FSDP, stop_at=5)
     alone = run_ranks(1, "longer", "--config", recipe, "--resume_from_checkpoint", "last")
     assert_same_outcome(alone, whole, steps=6)
+
+
+@pytest.mark.slow
+def test_a_divided_model_has_the_averages_of_a_whole_one(
+    prepared: Path,
+    tmp_path: Path,
+    run_ranks: Callable[..., Ranks],  # noqa: F811
+) -> None:
+    """Each process averages its pieces; evaluated, saved, stopped and resumed."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL | MASKS | {"initializer_range": 0.1},
+        per_device_train_batch_size=4, max_steps=6, eval_steps=2, save_steps=2, do_predict=False,
+        **SELECTION | {"early_stopping_patience": 9},
+    )  # fmt: skip
+    whole = run_ranks(2, "whole", "--config", recipe)
+    divided = run_ranks(2, "divided", "--config", recipe, launcher=FSDP)
+    assert divided.records[0]["is_sharded"] == [True]
+    assert_same_outcome(divided, whole, steps=6)
+    assert_same_choice(divided, whole)
+    run_ranks(2, "parts", "--config", recipe, launcher=FSDP, stop_at=5)
+    resumed = run_ranks(2, "parts", "--config", recipe, "--resume_from_checkpoint", "last", launcher=FSDP)
+    mine, theirs = resumed.state(6), divided.state(6)
+    assert mine.keys() == theirs.keys() == whole.state(6).keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.slow
