@@ -23,10 +23,10 @@ import averaging
 import card
 import roundtrip
 from atomic import replace_folder, reporting_disk_errors
-from config import METRICS
 from diagnosis import HOPELESS_WER
 from early_stopping import Patience
 from errors import RunFailed
+from levers import METRICS
 from model import num_frames
 from pretrained import save_model
 from scoring import Evaluation, evaluation_values, rates
@@ -80,20 +80,6 @@ class BestModel:
         """Of the average, under the names of an evaluation, once it has become model/."""
         # Of the model that was opened in a clean process, by this one: its step and weights.
         self._opened: tuple[int | None, str | None] | None = None
-
-    def describe(self) -> list[str]:
-        """For the screen at the start: how the final model is chosen, where that is not by WER alone."""
-        config, said = self.run.config, []
-        if config.metric_for_best_model != "eval_wer":
-            said.append(f"the lowest {config.metric_for_best_model} is the best")
-        if config.ema_decay is not None:
-            said.append(f"a moving average of the weights (decay {config.ema_decay:g}) is scored too")
-        if config.average_best is not None:
-            said.append(f"the mean of the {config.average_best} best is tried at the end")
-        if config.early_stopping_patience is not None:
-            by = f" of more than {config.early_stopping_threshold:g}" if config.early_stopping_threshold else ""
-            said.append(f"stops after {config.early_stopping_patience} evaluations without a gain{by}")
-        return [f"selection   {'; '.join(said)}"] if said else []
 
     # At an evaluation
 

@@ -16,10 +16,10 @@ from huggingface_hub import EvalResult, ModelCardData
 import levers
 from atomic import write_atomically
 from audio import SAMPLE_RATE_HZ
-from config import METRICS
 from coverage import commonest
 from findings import percent
 from integrity import read_sealed
+from levers import METRICS
 from scoring import limits_of
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from errors import UsageError
-from levers import Augmentation, Rates, Regularisation
+from levers import Augmentation, Rates, Regularisation, Selection
 from text import DEFAULT_RULES
 
 Config = TypeVar("Config")
@@ -33,14 +33,6 @@ SEED_LIMIT = 2**32
 # Attention takes memory with the square of a window.
 MAX_CHUNK_SECONDS = 120.0
 DEFAULT_CHARACTERS_TO_IGNORE = DEFAULT_RULES["characters_to_ignore"]
-# What can decide which model is the best, and what it is called in a sentence; lower is better for all of them.
-METRICS = {
-    "eval_wer": "WER",
-    "eval_cer": "CER",
-    "eval_loss": "loss",
-    "eval_raw_wer": "WER against the texts as found",
-    "eval_sentence_error_rate": "sentence error rate",
-}
 # Of so many names the one that was meant is found at a glance.
 SHORT_CHOICE = 4
 # A flag that says otherwise than the YAML file under another name.
@@ -178,21 +170,6 @@ class RunSettings:
     """Steps between rows of the log."""
     eval_steps: int = 500
     """Steps between evaluations; the last step is always evaluated."""
-    metric_for_best_model: Literal["eval_wer", "eval_cer", "eval_loss", "eval_raw_wer", "eval_sentence_error_rate"] = (
-        "eval_wer"
-    )
-    """Column of the log, lower is better, that decides what is kept in model/, averaged, and when to stop early."""
-    early_stopping_patience: int | None = None
-    """Stop after so many evaluations in a row without a gain; never in the warm-up or on a normal plateau at WER 1.0;
-    not at all when not given."""
-    early_stopping_threshold: float = 0.0
-    """The metric has to fall by more than this below that of the last gain, to be a gain (0.001 is 0.1 % of WER)."""
-    ema_decay: float | None = None
-    """Score an exponential moving average of the weights, with this decay (0.999), beside them at each evaluation, and
-    keep the better of the two; none when not given."""
-    average_best: int | None = None
-    """Score the mean of the weights of the best so many evaluations at the end, and keep it if it is better on dev than
-    the best of them; not when not given."""
     save_steps: int = 500
     """Steps between checkpoints; the last step is always saved."""
     save_total_limit: int = 2
@@ -253,7 +230,6 @@ class RunSettings:
                 found.append(f"--{name} is {value}, it must be above 0")
         if not 0 < self.train_fraction <= 1:
             found.append(f"--train_fraction is {self.train_fraction}, it must lie in (0, 1]")
-        found += _selection_errors(self)
         if self.max_steps < 1 and self.max_steps != -1:
             found.append(f"--max_steps is {self.max_steps}, give at least 1, or -1 to count epochs")
         if self.min_duration_in_seconds > self.max_duration_in_seconds:
@@ -267,12 +243,13 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class TrainConfig(Augmentation, Regularisation, Rates, RunSettings):
+class TrainConfig(Augmentation, Regularisation, Rates, Selection, RunSettings):
     """Settings of train.py. Every interval counts optimizer steps; precision and processes belong to the launcher."""
 
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         levers = self.rate_errors() + self.regularisation_errors() + self.augmentation_errors()
+        levers += self.selection_errors()
         return super().errors() + levers
 
 
@@ -520,22 +497,6 @@ def _missing(config: object, needed: Mapping[str, str]) -> list[str]:
 def _worker_errors(name: str, count: int) -> list[str]:
     """What is wrong with a number of processes that may choose itself."""
     return [] if count >= -1 else [f"--{name} is {count}, give at least 0, or -1 to have it chosen"]
-
-
-def _selection_errors(config: TrainConfig) -> list[str]:
-    """What is wrong with the settings that choose the final model."""
-    found, patience, threshold = [], config.early_stopping_patience, config.early_stopping_threshold
-    if patience is not None and patience < 1:
-        found.append(f"--early_stopping_patience is {patience}, at least 1 is needed; leave it out to train to the end")
-    if threshold < 0:
-        found.append(f"--early_stopping_threshold is {threshold}, it cannot be negative")
-    if threshold > 0 and patience is None:
-        found.append(f"--early_stopping_threshold {threshold} does nothing without --early_stopping_patience")
-    if config.ema_decay is not None and not 0 < config.ema_decay < 1:
-        found.append(f"--ema_decay is {config.ema_decay}, it must lie between 0 and 1, such as 0.999")
-    if config.average_best is not None and config.average_best < 2:
-        found.append(f"--average_best is {config.average_best}, at least 2 are needed for a mean")
-    return found
 
 
 def _beam_errors(config: EvaluateConfig | TranscribeConfig) -> list[str]:

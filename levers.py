@@ -23,6 +23,16 @@ SIMULATED_ROOM = "simulated"
 NYQUIST_HZ = 8_000
 
 
+# What can decide which model is the best, and what it is called in a sentence; lower is better for all of them.
+METRICS = {
+    "eval_wer": "WER",
+    "eval_cer": "CER",
+    "eval_loss": "loss",
+    "eval_raw_wer": "WER against the texts as found",
+    "eval_sentence_error_rate": "sentence error rate",
+}
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Changes of the waveform in training, drawn for each (seed, epoch, utterance)."""
@@ -216,10 +226,48 @@ class Regularisation:
         return found
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which weights of the run become the final model, and when there will be no better ones."""
+
+    metric_for_best_model: Literal["eval_wer", "eval_cer", "eval_loss", "eval_raw_wer", "eval_sentence_error_rate"] = (
+        "eval_wer"
+    )
+    """Column of the log, lower is better, that decides what is kept in model/, averaged, and when to stop early."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations in a row without a gain; never in the warm-up or on a normal plateau at WER 1.0;
+    not at all when not given."""
+    early_stopping_threshold: float = 0.0
+    """The metric has to fall by more than this below that of the last gain, to be a gain (0.001 is 0.1 % of WER)."""
+    ema_decay: float | None = None
+    """Score an exponential moving average of the weights, with this decay (0.999), beside them at each evaluation, and
+    keep the better of the two; none when not given."""
+    average_best: int | None = None
+    """Score the mean of the weights of the best so many evaluations at the end, and keep it if it is better on dev than
+    the best of them; not when not given."""
+
+    def selection_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found, patience, threshold = [], self.early_stopping_patience, self.early_stopping_threshold
+        if patience is not None and patience < 1:
+            found.append(
+                f"--early_stopping_patience is {patience}, at least 1 is needed; leave it out to train to the end"
+            )
+        if threshold < 0:
+            found.append(f"--early_stopping_threshold is {threshold}, it cannot be negative")
+        if threshold > 0 and patience is None:
+            found.append(f"--early_stopping_threshold {threshold} does nothing without --early_stopping_patience")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            found.append(f"--ema_decay is {self.ema_decay}, it must lie between 0 and 1, such as 0.999")
+        if self.average_best is not None and self.average_best < 2:
+            found.append(f"--average_best is {self.average_best}, at least 2 are needed for a mean")
+        return found
+
+
 def describe(config: object) -> str:
     """The settings of these groups that differ from their defaults, as `name value`; for the screen and the card."""
     said = []
-    for part in (Augmentation, Regularisation, Rates):
+    for part in (Augmentation, Regularisation, Rates, Selection):
         default = part()
         for field in dataclasses.fields(part):
             value = getattr(config, field.name)
@@ -230,6 +278,6 @@ def describe(config: object) -> str:
 
 # What the encoder's configuration does not say already.
 IDENTITY = (
-    *(field.name for part in (Augmentation, Rates) for field in dataclasses.fields(part)),
+    *(field.name for part in (Augmentation, Rates, Selection) for field in dataclasses.fields(part)),
     *("weight_decay", "label_smoothing", "consistency_weight"),
 )

@@ -32,10 +32,11 @@ from audio import SAMPLE_RATE_HZ
 from averaging import EMA_PREFIX, EMA_UPDATES
 from best_model import EMA, TRAINED, BestModel, begin_again, figures_of
 from clock import PHASE_COLUMNS, PHASES, Clock, Work, seconds_left
-from config import METRICS, TrainConfig, write_config
+from config import TrainConfig, write_config
 from data import ShardDataset
 from errors import Stopped, UsageError
 from hosts import TOKEN_PREFIX, check_same
+from levers import METRICS
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
 from model import num_frames, parameter_counts
@@ -162,10 +163,7 @@ class Run(Assembly):
         """What decides the meaning of a run: its data, its texts, its model, the order and size of its steps."""
         config, augmenter = self.config, self.collate.augmenter
         sets = {"train": self.train_set, "evaluation": self.eval_set, "test": self.test_set}
-        settings = (
-            "seed num_train_epochs max_steps max_grad_norm freeze_feature_encoder max_eval_samples "
-            "metric_for_best_model early_stopping_patience early_stopping_threshold ema_decay average_best"
-        )
+        settings = "seed num_train_epochs max_steps max_grad_norm freeze_feature_encoder max_eval_samples"
         return {
             **{f"the {name} data": one.fingerprint for name, one in sets.items() if one is not None},
             "the selection of training utterances": hashlib.sha256(self.selection.rows.tobytes()).hexdigest(),
@@ -324,7 +322,6 @@ class Run(Assembly):
             f"{facts['mixed_precision']} on {facts['device']}, {facts['distributed_type']}; seed {config.seed}",
             *([f"levers      {turned_on}"] if (turned_on := levers.describe(config)) else []),
             f"evaluation  {self._describe_evaluations()}",
-            *self.best.describe(),
             f"disk        {disk}",
         ]
 

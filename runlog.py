@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atomic import reporting_disk_errors, write_atomically
-from config import METRICS
 from errors import UsageError
+from levers import METRICS
 
 if TYPE_CHECKING:
     import pandas

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from config import METRICS, PrepareConfig, TrainConfig, field_docstrings, parse_arguments, write_config
+from config import PrepareConfig, TrainConfig, field_docstrings, parse_arguments, write_config
 from errors import UsageError
+from levers import METRICS
 
 REPOSITORY = Path(__file__).parent.parent
 PREPARE = ["--corpus", "c", "--data_dir", "d"]

@@ -184,6 +184,6 @@ def test_a_stop_is_on_the_screen(
 ) -> None:
     run_with(monkeypatch, prepared, tmp_path, [60, *[70] * 9], "--early_stopping_patience", 3)
     screen = capsys.readouterr().out
-    assert "selection   stops after 3 evaluations without a gain" in screen
+    assert "levers      early_stopping_patience 3\n" in screen
     assert screen.count("stopping early at step 4 of 10: 3 evaluations in a row") == 1
     assert "stopped early, 6 updates before the end" in screen
