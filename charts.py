@@ -77,8 +77,8 @@ def draw_panel(panel: Panel, log: Sequence[Row], number: int) -> Markup:
     curves = panel.points(log)
     legend = [
         element("span", element("i", class_=f"swatch s{place}"), one.name, class_="key")
-        for place, one in enumerate(panel.series)
-        if len(panel.series) > 1
+        for place, (one, points) in enumerate(zip(panel.series, curves, strict=True))
+        if len(panel.series) > 1 and points
     ]
     heading = element("b", panel.title)
     caption = element("figcaption", heading, " ", element("span", panel.unit, class_="quiet"), legend)

@@ -324,14 +324,9 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
             f"  stopped early, {run.total_steps - run.state.step} updates before the end: "
             f"{run.state.stopped_early_because}"
         )
-    averaged = " (moving average)" if run.state.best_weights == EMA else ""
     for name, meaning in (
-        ("best_eval_wer", f"{run.eval_set.folder.name} WER, best at step {run.state.best_step}{averaged}"),
-        (
-            "average_eval_wer",
-            f"  mean of the {len(results.get('average_of_steps', []))} best: "
-            f"{'kept' if results.get('kept') == 'average' else 'not kept'}",
-        ),
+        ("best_eval_wer", describe_best(run, results)),
+        ("average_eval_wer", f"  mean of the best, {'kept' if results.get('kept') == 'average' else 'not kept'}"),
         ("eval_full_wer", f"  all {len(run.eval_set):,} utterances of it"),
         ("test_wer", "test WER, best model"),
         ("test_wer_seen_speakers", "  unseen strings, known voices" if is_demo else "  voices heard in training"),
@@ -350,6 +345,13 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
         report_line(folder),
         f'use it: python -c "{"; ".join(card.usage(folder / "model", clip))}"',
     ]
+
+
+def describe_best(run: Run, results: dict[str, object]) -> str:
+    """What the best evaluation's WER is, in a few words."""
+    dev, step, metric = run.eval_set.folder.name, run.state.best_step, run.config.metric_for_best_model
+    best = f"{dev} WER, best at step {step}" if metric == "eval_wer" else f"{dev} WER, best {metric} at step {step}"
+    return f"{best}, averaged" if results["best_weights"] == EMA else best
 
 
 def prepare_demo(config: TrainConfig, accelerator: Accelerator) -> None:

@@ -21,6 +21,7 @@ import report
 from errors import exit_status
 from listing import scan
 from result_layout import COUNT_COLUMNS, MAX_GROUPS
+from run_page import _best_so_far
 from runlog import TrainingLog
 
 Command = Callable[..., int]
@@ -357,6 +358,33 @@ def test_a_run_that_is_still_training(tmp_path: Path, command: Command) -> None:
     assert set(blocks(page)["samples-clips"]) == {"u3_1", "u3_4"}
     assert "max_steps 40 -1 model_config: conv_dim 32, 64 model_config: model_type wav2vec2" in shown
     assert "settings at their defaults (2) setting value eval_split dev learning_rate 0.0003" in shown
+
+
+def test_the_best_so_far_is_by_the_run_s_metric_and_of_either_weights() -> None:
+    log = [
+        {"step": 0, "eval_wer": 0.1, "eval_cer": 0.1, "eval_loss": 0.1},
+        {"step": 10, "eval_wer": 0.5, "eval_cer": 0.4, "eval_loss": 1.0, "ema_eval_wer": 0.6, "ema_eval_cer": 0.2},
+        {"step": 15, "train_loss": 1.0},
+        {"step": 20, "eval_wer": 0.4, "eval_cer": 0.3, "eval_loss": 2.0, "eval_wer_low": 0.3, "eval_wer_high": 0.5},
+    ]
+    limits = {"best_eval_wer_low": 0.3, "best_eval_wer_high": 0.5}
+    unknown = dict.fromkeys(limits)
+    found = {metric: _best_so_far(log, metric) for metric in ("eval_wer", "eval_cer", "eval_loss")}
+    assert found["eval_wer"] == {"best_step": 20, "best_eval_wer": 0.4, "best_eval_cer": 0.3} | limits
+    assert found["eval_cer"] == {"best_step": 10, "best_eval_wer": 0.6, "best_eval_cer": 0.2} | unknown
+    assert found["eval_loss"] == {"best_step": 10, "best_eval_wer": 0.5, "best_eval_cer": 0.4} | unknown
+    assert _best_so_far(log[:1], "eval_wer") == {}
+
+
+def test_a_run_that_stopped_early_and_kept_an_average(tmp_path: Path, command: Command) -> None:
+    write_run(tmp_path / "run", tmp_path / "data")
+    results = {"best_step": 10, "best_eval_wer": 0.4, "average_eval_wer": 0.3, "train_runtime": 60.0}
+    results |= {"kept": "average", "stopped_early_at_step": 20, "stopped_early_because": "3 evaluations in a row"}
+    (tmp_path / "run" / "train_results.json").write_text(json.dumps(results))
+    assert command(tmp_path / "run", "--no_audio") == 0
+    shown = visible((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert "stopped early: 3 evaluations in a row." in shown
+    assert "WER on dev, mean of the best 30.00 % it is model/" in shown
 
 
 @pytest.mark.parametrize("name", ["training_log.csv", "eval_slices.csv", "eval_samples.csv", "preflight.json",

@@ -53,7 +53,7 @@ import runlog
 import scoring
 import train
 from best_model import BestModel
-from clock import PHASE_COLUMNS
+from clock import PHASE_COLUMNS, PHASES
 from config import TrainConfig
 from data import BatchPlan, CutSettings, ShardDataset, training_loader
 from errors import UsageError, exit_status
@@ -398,6 +398,20 @@ def test_the_subset_that_is_named_makes_a_tenth_of_the_run(make_run: Callable[..
     found = re.search(r"about 5\d% of the run; --max_eval_samples (\d+) would make it 10%", run._describe_evaluations())
     run.eval_rows = np.arange(int(found[1]))
     assert re.search(r"about (9|10)% of the run$", run._describe_evaluations())
+
+
+def test_averages_count_among_the_evaluations(make_run: Callable[..., Run]) -> None:
+    """Two sets of weights at each, and one pass more at the end."""
+    settings = {"eval_steps": 3, "max_steps": 10}
+    plain, averaging = make_run(**settings), make_run(**settings, ema_decay=0.9, average_best=2)
+    (passes, always), (more, behind) = (run._evaluation_passes() for run in (plain, averaging))
+    assert (passes, more) == (4, 8)
+    assert behind - always == plain.eval_set.num_samples.sum()
+    for run in (plain, averaging):
+        run.work_done.updates, run.work_done.eval_seconds = 1, 1.0
+        run.clock.spent |= dict.fromkeys(PHASES, 0.0) | {"evaluation": 1.0}
+    dev_seconds = float(plain.eval_set.num_samples.sum()) / 16_000
+    assert averaging.seconds_left() - plain.seconds_left() == pytest.approx((4 + 1) * dev_seconds)
 
 
 def test_retention_never_costs_the_best(
