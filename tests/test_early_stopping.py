@@ -179,6 +179,20 @@ def test_patience_survives_a_resume(prepared: Path, tmp_path: Path, monkeypatch:
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_that_was_killed_behind_its_early_stop_makes_no_further_update(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wers = [60, 70, 70, 50]
+    before, _ = run_with(monkeypatch, prepared, tmp_path, wers, "--early_stopping_patience", 2)
+    (tmp_path / "run" / "train_results.json").unlink()
+    flags = ("--early_stopping_patience", 2, "--resume_from_checkpoint", "last")
+    after, steps = run_with(monkeypatch, prepared, tmp_path, wers, *flags)
+    assert steps == [1, 2, 3]
+    names = ("stopped_early_at_step", "stopped_early_because", "best_step", "train_loss")
+    assert [after[name] for name in names] == [before[name] for name in names]
+    assert after["stopped_early_at_step"] == 3
+
+
 def test_a_stop_is_on_the_screen(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
