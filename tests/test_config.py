@@ -374,7 +374,7 @@ def test_flags_of_the_contract_are_there() -> None:
     gradient_accumulation_steps learning_rate weight_decay warmup_steps lr_scheduler_type num_train_epochs max_steps
     logging_steps eval_steps save_steps save_total_limit max_grad_norm freeze_feature_encoder max_train_samples
     max_eval_samples train_fraction max_duration_in_seconds min_duration_in_seconds resume_from_checkpoint report_to
-    seed max_batch_seconds case gradient_checkpointing dataloader_num_workers"""
+    seed max_batch_seconds case gradient_checkpointing dataloader_num_workers early_stopping_patience"""
     assert set(contract.split()) <= {field.name for field in dataclasses.fields(TrainConfig)}
 
 
