@@ -1399,15 +1399,17 @@ def cpu_scaler(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_overflow_of_the_loss_scaler_is_counted_and_steps_nothing(
     prepared: Path, tmp_path: Path, command: Callable[..., int], cpu_scaler: Callable[[float], None]
 ) -> None:
-    """Autocast in fp16, and a first scale that is far too large."""
+    """Autocast in fp16, and a first scale that is far too large; the moving average does not follow such an update."""
     skipped_steps = []
     original = train.train_step
 
     def train_step(run: Run, update: train.Update) -> tuple[torch.Tensor, torch.Tensor]:
         before = [parameter.detach().clone() for parameter in run.gradients.parameters]
+        averages = [average.clone() for average in run.ema.tensors.values()]
         scale = run.accelerator.scaler.get_scale()
         loss_sum, grad_norm = original(run, update)
         is_unchanged = all(map(torch.equal, before, run.gradients.parameters))
+        assert is_unchanged == all(map(torch.equal, averages, run.ema.tensors.values()))
         assert is_unchanged == (run.accelerator.scaler.get_scale() < scale)
         assert is_unchanged == (not torch.isfinite(grad_norm))
         skipped_steps.extend([run.state.step + 1] * is_unchanged)
@@ -1415,7 +1417,7 @@ def test_overflow_of_the_loss_scaler_is_counted_and_steps_nothing(
 
     cpu_scaler(2.0**20)
     recipe = write_recipe(tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL, max_steps=16, save_steps=2)
-    flags = ("--config", recipe, "--output_dir", tmp_path / "run")
+    flags = ("--config", recipe, "--output_dir", tmp_path / "run", "--ema_decay", 0.9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", train_step)
         with stopped_at("train_step", 5):
@@ -1427,6 +1429,8 @@ def test_overflow_of_the_loss_scaler_is_counted_and_steps_nothing(
     assert log["step"].tolist() == list(range(1, 17))
     assert log["scaler_skips"].tolist() == expected
     assert expected[-1] < 16
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step_000016" / "tensors.safetensors")
+    assert saved["ema.num_updates"] == 16 - expected[-1]
     assert np.isfinite(log["train_loss"]).all()
     assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
 
