@@ -327,16 +327,17 @@ def test_an_average_is_opened_in_a_clean_process_before_it_becomes_model(
     score_as: Callable[..., Scored], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The clean process opens it as well, though it has opened the model of an evaluation before."""
-    opened, original = [], roundtrip.check_in_clean_process
+    opened, names, original = [], [], roundtrip.check_in_clean_process
 
     def check(folder: Path, probe: Path) -> list[roundtrip.Failure]:
         opened.append(load_file(folder / "model.safetensors"))
+        names.append(folder.name)
         return original(folder, probe)
 
     monkeypatch.setattr(roundtrip, "check_in_clean_process", check)
     run = score_as({"evaluating": WERS, AVERAGE: [1]}, "--average_best", 2)
     assert equal(opened[-1], run.seen[AVERAGE, 6])
-    assert len(opened) == 2, "the first model of the run, and the one that it ends with"
+    assert names == ["model.new", "model.new"], "the first model of the run, and the one that it ends with"
 
 
 # --- Resuming ------------------------------------------------------------------------------------------------------
