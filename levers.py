@@ -57,8 +57,8 @@ class Augmentation:
     augment_band_probability: float = 0.5
     """Share of the utterances whose band is limited."""
     augment_volume_db: float = 0.0
-    """The level moves from a drawn gain within +- so many dB at the start to another at the end. (A constant gain would
-    be undone by the normalisation of the waveform.)"""
+    """The level moves from a drawn gain within +- so many dB at the start to another at the end; a constant gain would
+    be undone by the normalisation of the waveform."""
     augment_gap_seconds: float = 0.0
     """Longest stretch of silence put over the speech, one for every two seconds begun."""
     augment_gap_probability: float = 0.5
@@ -193,13 +193,13 @@ class Regularisation:
     mask_time_prob: float | None = None
     """Share of the frames that SpecAugment masks, where spans do not overlap."""
     mask_time_length: int | None = None
-    """Frames of a span."""
+    """Length of a span, frames."""
     mask_time_min_masks: int | None = None
     """Spans at least, in an utterance that is long enough."""
     mask_feature_prob: float | None = None
     """Share of the features that SpecAugment masks."""
     mask_feature_length: int | None = None
-    """Features of a span."""
+    """Length of a span, features."""
 
     @property
     def encoder_settings(self) -> dict[str, float]:
