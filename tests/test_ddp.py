@@ -385,6 +385,7 @@ def assert_one_voice(ranks: Ranks) -> None:
 # --- Promises 1 and 2 over processes -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_promise_1_two_processes_draw_from_two_sets_what_one_does(
     prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
 ) -> None:

@@ -1,6 +1,7 @@
 """How often an epoch hears each clip: exact counts against brute force, turns, copies, cuts, and what is refused."""
 
 import csv
+import dataclasses
 from collections import Counter
 from decimal import Decimal, getcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from conftest import make_rows, write_part
 from test_data import common_voice_lengths, make_collator
 
 import sampling
+from augment import Augmenter
 from config import TrainConfig
 from data import BatchPlan, CutSettings, ShardDataset, Utterance, training_loader
 from errors import UsageError
@@ -247,16 +249,20 @@ def test_promise_3_the_position_in_sampled_data_is_the_step(first: int) -> None:
 @pytest.mark.parametrize("limit", [None, 3.0])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_promise_1_ranks_and_cuts_share_the_sampled_update(tmp_path: Path, processes: int, limit: float | None) -> None:
-    """Whatever the cut, the same utterances in an update, each with the same masks."""
+    """Whatever the cut, the same utterances in an update, each with the same masks, speed and noise."""
     accents = [{"accents": "north" if number < 10 else "south"} for number in range(13)]
     write_part(tmp_path / "data" / "train" / "part_1", make_rows(13, seed=1), metadata=accents)
     dataset = ShardDataset(tmp_path / "data" / "train")
     found = plan(dataset, np.arange(13), sampling_temperature="balanced")
     plan_ = BatchPlan(np.arange(13), dataset.num_samples, 5, 1, found)
     collate = make_collator(mask_time_prob=0.4, mask_time_length=2, mask_feature_prob=0.3, mask_feature_length=4)
+    changes = TrainConfig(augment_speed=[0.9, 1.1], augment_noise=["white"], augment_noise_probability=1.0)
+    needed = np.ones(13, np.int32)
+    augmenter = Augmenter.of(changes, collate.seed, dataset, np.arange(13), needed, collate.hf_config)
+    collate = dataclasses.replace(collate, augmenter=augmenter)
 
     def seen(number: int, seconds: float | None) -> list[Counter]:
-        """Of each update the utterances with their masks, over all ranks."""
+        """Of each update the utterances with their waveforms and masks, over all ranks."""
         loaders = [
             training_loader(dataset, plan_, np.ones(13), collate, CutSettings(rank, number, 2, seconds), 0, 6, 0)
             for rank in range(number)
@@ -264,7 +270,8 @@ def test_promise_1_ranks_and_cuts_share_the_sampled_update(tmp_path: Path, proce
         return [
             Counter(
                 (batch.ids[row], batch.time_mask_BT[row, : batch.frame_lengths_B[row]].numpy().tobytes(),
-                 batch.feature_mask_BH[row].numpy().tobytes())
+                 batch.feature_mask_BH[row].numpy().tobytes(),
+                 batch.input_values_BS[row, : batch.sample_lengths_B[row]].numpy().tobytes())
                 for update in updates for batch in update.micro_batches for row in range(len(batch.ids))
             )
             for updates in zip(*loaders, strict=True)
@@ -274,9 +281,10 @@ def test_promise_1_ranks_and_cuts_share_the_sampled_update(tmp_path: Path, proce
     assert seen(processes, limit) == alone
     assert [one.total() for one in alone] == [5, 5, 3] * 2
     south = {f"u1_{number}" for number in range(10, 13)}
-    assert sum(count for one in alone[:3] for (name, *_), count in one.items() if name in south) == 6
-    assert max(Counter(name for one in alone[:3] for name, *_ in one).values()) == 2, "each of them twice an epoch"
-    assert max(one.most_common(1)[0][1] for one in alone) == 1, "and no two of them with the same masks"
+    heard = [key for one in alone[:3] for key in one.elements() if key[0] in south]
+    assert Counter(name for name, *_ in heard) == dict.fromkeys(south, 2), "each of them twice an epoch"
+    for part in (slice(1, 3), slice(3, None)):
+        assert len({(key[0], key[part]) for key in heard}) == 6, "with other masks, and another waveform, each time"
 
 
 def test_a_copy_has_masks_of_its_own_and_the_first_those_of_a_run_without_sampling() -> None:
