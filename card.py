@@ -203,7 +203,7 @@ def _sampled(run: "Run") -> list[str]:
     """What an epoch hears where that is not each utterance once."""
     if run.sampling is None:
         return []
-    columns = ["corpus", run.sampling.column, "utterances", "hours", "drawn per epoch"]
+    columns = ["set", run.sampling.column, "utterances", "hours", "drawn per epoch"]
     rows = [
         [one.corpus or "all", one.name, f"{one.num_clips:,}", f"{one.hours:.2f}", f"{one.draws:,}"]
         for one in run.sampling.groups[:GROUPS_SHOWN]

@@ -24,7 +24,7 @@ from data import ShardDataset
 from errors import UsageError
 from findings import Finding
 from joined import CORPUS, JoinedDataset
-from slices import OWN_COLUMNS, Grouping, group_by_value
+from slices import OWN_COLUMNS, group_by_value
 
 BALANCED = "balanced"
 SAMPLING_FILE = "sampling.csv"
@@ -143,7 +143,7 @@ def plan_sampling(dataset: ShardDataset | JoinedDataset, rows: np.ndarray, confi
     groups = tuple(
         Group(
             dataset.names[of_set[code]] if config.data_weights and column != CORPUS else "",
-            _name(grouping, int(pair)),
+            grouping.groups[pair % len(grouping.groups)],
             int(sizes[code]),
             float(hours[code]),
             int(draws[code]),
@@ -251,7 +251,3 @@ def _take_turns(codes: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
     turns = np.empty(len(codes), np.int64)
     turns[order] = np.arange(len(codes)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return turns
-
-
-def _name(grouping: Grouping, pair: int) -> str:
-    return grouping.groups[pair % len(grouping.groups)]
