@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,15 +11,17 @@ from augment import Augmenter
 from averaging import MovingAverage
 from cache import FactCache
 from config import TrainConfig
-from data import Batch, BatchPlan, Collator, CutSettings, ShardDataset, has_utterances
+from data import Batch, BatchPlan, Collator, CutSettings, has_utterances
 from errors import UsageError
 from hosts import check_same
+from joined import open_sets
 from memory import Passes, Shape, evaluation_mode
 from metrics import score_batch
 from model import Objective, forward_with_loss, is_of_head, optimizer_groups
 from overlap import find_overlap
 from pretrained import load_model
 from processes import RankStatus, SharedGradients, check_same_on_all_ranks, choose_loading_processes, main_first
+from sampling import check_column, plan_sampling
 from schedule import Schedule
 from selection import draw_subset, select_training_rows
 from sharding import ShardedGradients, asks_for_sharding, is_sharded, shard, whole
@@ -55,15 +56,16 @@ class Assembly:
         self.use_budget(None if config.max_batch_seconds == "auto" else config.max_batch_seconds)
 
     def _open_data(self) -> None:
-        data_dir = Path(self.config.data_dir)
-        self.train_set = ShardDataset(data_dir / "train")
-        self.eval_set = self.train_set if self.config.eval_split == "train" else ShardDataset(data_dir / "dev")
+        data_dirs = self.config.data_dirs
+        self.train_set = open_sets(data_dirs, "train")
+        check_column(self.train_set, self.config.sample_by)
+        self.eval_set = self.train_set if self.config.eval_split == "train" else open_sets(data_dirs, "dev")
         self.sets = {"train": self.train_set}
         if self.eval_set is not self.train_set:
             self.sets["dev"] = self.eval_set
-        if has_utterances(data_dir / "test"):
+        if any(has_utterances(one / "test") for one in data_dirs):
             # Checked, and kept out of training, also where it is not scored: someone will score it one day.
-            self.sets["test"] = ShardDataset(data_dir / "test")
+            self.sets["test"] = open_sets(data_dirs, "test")
         self.test_set = self.sets.get("test") if self.config.do_predict else None
         fingerprints = {f"the {name} data": dataset.fingerprint for name, dataset in self.sets.items()}
         check_same(self.status, fingerprints, "give every host the same data, or --data_dir on shared storage")
@@ -116,7 +118,7 @@ class Assembly:
 
     def _select_utterances(self) -> None:
         config = self.config
-        cache = FactCache(Path(config.data_dir))
+        cache = FactCache(config.data_dirs[0])  # What is found in one set alone is kept beside that; see identities.py.
         # The others find in the cache what the first process has found.
         with main_first(self.accelerator):
             self.texts = {
@@ -135,6 +137,7 @@ class Assembly:
             self.hf_config,
         )
         self.collate = replace(self.collate, augmenter=augmenter)
+        self.sampling = plan_sampling(self.train_set, self.selection.rows, config)
         candidates = self.selection.rows if config.eval_split == "train" else np.arange(len(self.eval_set))
         self.eval_rows = candidates
         if config.max_eval_samples is not None and config.max_eval_samples < len(candidates):
@@ -167,7 +170,8 @@ class Assembly:
     def plan_updates(self, utterances_per_update: int) -> None:
         """Lay the updates out: `plan` and `total_steps`."""
         rows, config = self.selection.rows, self.config
-        self.plan = BatchPlan(rows, self.train_set.num_samples[rows], utterances_per_update, config.seed)
+        lengths = self.train_set.num_samples[rows]
+        self.plan = BatchPlan(rows, lengths, utterances_per_update, config.seed, self.sampling)
         self.total_steps = config.max_steps
         if self.total_steps == -1:
             self.total_steps = max(1, round(config.num_train_epochs * self.plan.updates_per_epoch))

@@ -17,9 +17,12 @@ import levers
 from atomic import write_atomically
 from audio import SAMPLE_RATE_HZ
 from coverage import commonest
+from data import ShardDataset
 from findings import percent
 from integrity import read_sealed
+from joined import members, name_sets
 from levers import METRICS
+from sampling import GROUPS_SHOWN
 from scoring import limits_of
 
 if TYPE_CHECKING:
@@ -90,7 +93,7 @@ def model_card(run: "Run", results: Results, intervals: Intervals) -> str:
 
 
 def _front_matter(run: "Run", results: Results) -> str:
-    data = Path(run.config.data_dir).resolve().name
+    data = _data_name(run)
     figures = [
         EvalResult(
             task_type=TASK, dataset_type=data, dataset_name=data, dataset_split=_split(run, split),
@@ -168,19 +171,45 @@ def _figures(run: "Run", results: Results, intervals: Intervals) -> list[str]:
 def _data(run: "Run") -> list[str]:
     hours = run.plan.num_samples.sum(dtype="int64") / SAMPLE_RATE_HZ / 3600
     rows = [
-        [split, f"{len(dataset):,}", f"{dataset.seconds / 3600:.2f}", f"`{dataset.fingerprint}`"]
-        for split, dataset in run.sets.items()
+        [_named(run, one), f"{len(one):,}", f"{one.seconds / 3600:.2f}", f"`{one.fingerprint}`"]
+        for dataset in run.sets.values()
+        for one in members(dataset)
     ]
-    prepared = read_sealed(Path(run.config.data_dir) / "prepare.json")["splits"]
     left_out = [f"- training: {_counts(run.selection.drops_by_reason)}"]
-    left_out += [f"- preparing, {split}: {_counts(prepared[split].get('dropped', {}))}" for split in run.sets]
+    for dataset in run.sets.values():
+        for one in members(dataset):
+            prepared = read_sealed(one.folder.parent / "prepare.json")["splits"][one.folder.name]
+            left_out.append(f"- preparing, {_named(run, one)}: {_counts(prepared.get('dropped', {}))}")
     return [
-        f"Prepared data `{Path(run.config.data_dir).resolve().name}`. Trained on {len(run.plan.rows):,} utterances, "
-        f"{hours:.2f} hours.",
+        f"Prepared data `{_data_name(run)}`. Trained on {len(run.plan.rows):,} utterances, {hours:.2f} hours.",
+        *_sampled(run),
         _table(["split", "utterances", "hours", "fingerprint"], rows),
         "Left out, with the number of utterances by reason:",
         "\n".join(left_out),
     ]
+
+
+def _named(run: "Run", one: ShardDataset) -> str:
+    """A split, with its set where there are several."""
+    split, folders = one.folder.name, run.config.data_dirs
+    return split if len(folders) == 1 else f"{name_sets(folders)[folders.index(one.folder.parent)]} {split}"
+
+
+def _data_name(run: "Run") -> str:
+    return " + ".join(name_sets(run.config.data_dirs))
+
+
+def _sampled(run: "Run") -> list[str]:
+    """What an epoch hears where that is not each utterance once."""
+    if run.sampling is None:
+        return []
+    columns = ["set", run.sampling.column, "utterances", "hours", "drawn per epoch"]
+    rows = [
+        [one.corpus or "all", one.name, f"{one.num_clips:,}", f"{one.hours:.2f}", f"{one.draws:,}"]
+        for one in run.sampling.groups[:GROUPS_SHOWN]
+    ]
+    more = len(run.sampling.groups) - len(rows)
+    return ["What an epoch draws:" + (f" ({more:,} more groups)" if more else ""), _table(columns, rows)]
 
 
 def _text(run: "Run") -> list[str]:

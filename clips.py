@@ -18,6 +18,7 @@ from progress import Progress
 
 if TYPE_CHECKING:
     from data import ShardDataset
+    from joined import JoinedDataset
 
 # Constant rates of MPEG-2 layer III, which 16 kHz audio is; 32 is hard to tell from the clip, 16 is a telephone.
 BITRATES_KBPS = (32, 24, 16)
@@ -53,27 +54,27 @@ def choose_bitrate(seconds: float, count: int, max_bytes: int) -> int:
     return BITRATES_KBPS[-1]
 
 
-def open_split(folder: Path, fingerprint: str | None) -> "ShardDataset":
+def open_split(folders: Sequence[Path], fingerprint: str | None) -> "ShardDataset | JoinedDataset":
     """The prepared split whose clips were scored.
 
     Args:
-        folder: DATA_DIR/SPLIT.
+        folders: DATA_DIR/SPLIT, of each set where it is of several.
         fingerprint: of the data that was scored, where that is known.
 
     Raises:
         UsageError: it is missing or damaged, or holds other data.
     """
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}")
-    from data import ShardDataset  # Imports torch and transformers: eight seconds that a report without clips saves.
+    if not any(folder.is_dir() for folder in folders):
+        raise UsageError(f"there is no folder {folders[0]}")
+    from joined import open_sets  # Imports torch and transformers: eight seconds that a report without clips saves.
 
-    dataset = ShardDataset(folder)
+    dataset = open_sets([folder.parent for folder in folders], folders[0].name)
     if fingerprint is not None and dataset.fingerprint != fingerprint:
-        raise UsageError(f"{folder} is not the data that was scored (another fingerprint)")
+        raise UsageError(f"{dataset.folder} is not the data that was scored (another fingerprint)")
     return dataset
 
 
-def embed_clips(dataset: "ShardDataset", ids: Sequence[str], max_bytes: int) -> dict[str, str]:
+def embed_clips(dataset: "ShardDataset | JoinedDataset", ids: Sequence[str], max_bytes: int) -> dict[str, str]:
     """Clips by id, as base64 of MP3; in the order of `ids`, a clip that does not fit into what is left is skipped.
 
     Raises:
@@ -93,6 +94,6 @@ def embed_clips(dataset: "ShardDataset", ids: Sequence[str], max_bytes: int) -> 
     return clips
 
 
-def _find_rows(dataset: "ShardDataset", ids: Sequence[str]) -> Mapping[str, int]:
+def _find_rows(dataset: "ShardDataset | JoinedDataset", ids: Sequence[str]) -> Mapping[str, int]:
     wanted = set(ids)
     return {name: row for row, name in enumerate(dataset.column("id")) if name in wanted}

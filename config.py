@@ -101,8 +101,17 @@ class PrepareConfig:
 class RunSettings:
     """What a run reads and writes, its length, and how it is cut."""
 
-    data_dir: str = ""
-    """Folder that prepare.py wrote."""
+    data_dir: str | list[str] = ""
+    """Folder that prepare.py wrote, or several, to train on together; dev and test are then scored per set, too."""
+    data_weights: list[float] | None = None
+    """Share of each folder of data_dir in the clips of an epoch, relative to the others; as many as each has when not
+    given."""
+    sample_by: str | None = None
+    """Column of the corpus (speaker, accents, gender, ...; with several folders also `corpus`) whose groups are drawn
+    by sampling_temperature."""
+    sampling_temperature: float | Literal["balanced"] = 1.0
+    """T: a group of n clips has a share of an epoch in proportion to n^(1/T). 1 draws every clip once, more makes the
+    groups more alike, `balanced` alike."""
     output_dir: str = ""
     """Run directory: checkpoints, log, plot and model."""
     model_name_or_path: str | None = None
@@ -194,6 +203,16 @@ class RunSettings:
     """Make and prepare the built-in corpus of spoken digits in data_dir when it is not there."""
 
     @property
+    def data_dirs(self) -> list[Path]:
+        """The folders of `data_dir`."""
+        return [Path(one) for one in ([self.data_dir] if isinstance(self.data_dir, str) else self.data_dir)]
+
+    @property
+    def data_named(self) -> str:
+        """The same for a screen."""
+        return " + ".join(map(str, self.data_dirs))
+
+    @property
     def needed_folders(self) -> dict[str, str]:
         """Folders that must be named, with what they are."""
         return {"data_dir": "the folder that prepare.py wrote", "output_dir": "the run directory"}
@@ -201,6 +220,7 @@ class RunSettings:
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         found = _missing(self, self.needed_folders)
+        found += _sampling_errors(self)
         if (self.model_name_or_path is None) == (self.model_config is None):
             found.append("give either --model_name_or_path or, in the YAML file, model_config")
         if self.model_config is not None and "model_type" not in self.model_config:
@@ -499,6 +519,36 @@ def _worker_errors(name: str, count: int) -> list[str]:
     return [] if count >= -1 else [f"--{name} is {count}, give at least 0, or -1 to have it chosen"]
 
 
+def _sampling_errors(config: TrainConfig) -> list[str]:
+    """What is wrong with the sets of a run and with how they are drawn from."""
+    found, folders, weights = [], config.data_dirs, config.data_weights
+    times = Counter(folder.resolve() for folder in folders)
+    found += [
+        f"--data_dir names {folder} {count} times: name a set once, --data_weights makes it count more"
+        for folder, count in times.items()
+        if count > 1
+    ]
+    if weights is not None and len(weights) != len(folders):
+        found.append(f"--data_weights has {len(weights)} numbers for {len(folders)} folders: give one for each")
+    if weights is not None and len(folders) == 1:
+        found.append("--data_weights belongs to several folders: name them with --data_dir, or leave it out")
+    if weights is not None and not all(weight > 0 for weight in weights):
+        listed = " ".join(f"{weight:g}" for weight in weights)
+        found.append(f"--data_weights is {listed}, each must be above 0: leave out the folder that is not to train")
+    if weights is not None and config.sample_by == "corpus":
+        found.append("--data_weights and --sample_by corpus both divide an epoch among the sets: give one of them")
+    if config.sampling_temperature != "balanced" and not config.sampling_temperature >= 1:
+        found.append(
+            f"--sampling_temperature is {config.sampling_temperature:g}, at least 1 is needed (1 draws as the data is, "
+            "balanced draws all groups alike)"
+        )
+    if config.sampling_temperature != 1 and config.sample_by is None:
+        found.append("--sampling_temperature belongs to --sample_by: name the column whose groups it levels")
+    if config.demo_corpus and len(folders) > 1:
+        found.append(f"demo_corpus makes one folder, --data_dir names {len(folders)}: prepare the demo on its own")
+    return found
+
+
 def _beam_errors(config: EvaluateConfig | TranscribeConfig) -> list[str]:
     """What is wrong with the settings of a beam search."""
     found = [
@@ -692,6 +742,8 @@ def _convert_to_any(value: Any, kinds: tuple[Any, ...]) -> Any:
     """The first of `kinds` that takes the value."""
     if types.NoneType in kinds and (value is None or value in ("none", "null")):
         return None
+    if str in kinds and isinstance(value, list) and len(value) == 1:
+        (value,) = value  # One word where several may stand.
     kinds = tuple(kind for kind in kinds if kind is not types.NoneType)
     for kind in kinds[:-1]:
         with contextlib.suppress(ValueError, TypeError, OverflowError):
@@ -733,16 +785,16 @@ def _without_none(kind: Any) -> Any:
 
 
 def _is_list(kind: Any) -> bool:
-    return typing.get_origin(_without_none(kind)) is list
+    members = typing.get_args(kind) if _is_union(kind) else (kind,)
+    return any(typing.get_origin(member) is list for member in members)
 
 
 def _type_name(kind: Any) -> str:
     if _is_union(kind):
-        members = [member for member in typing.get_args(kind) if member is not types.NoneType]
-        return " or ".join([*map(_type_name, members), "none"])
+        return " or ".join(map(_type_name, typing.get_args(kind)))
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(typing.get_args(kind))
     if _is_list(kind):
         return f"list of {_type_name(typing.get_args(kind)[0])}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
     return names.get(kind, "a mapping (YAML only)")

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +41,9 @@ from integrity import (
 from model import draw_masks, num_frames
 from stopping import ignore_stop_signals
 from text import TextNormalizer, Vocabulary
+
+if TYPE_CHECKING:
+    from sampling import Sampling
 
 # Length-sorted inside windows of this many updates: padding of 2 to 3 %, and a new partition every epoch.
 UPDATES_PER_BUCKET = 64
@@ -268,17 +272,26 @@ class BatchPlan:
         num_samples: their lengths, [N].
         utterances_per_update: size of every update but the last of an epoch, which takes what is left.
         seed: decides the order together with the epoch.
+        sampling: how often an epoch has each of them; once without.
     """
 
     rows: np.ndarray
     num_samples: np.ndarray
     utterances_per_update: int
     seed: int
+    sampling: "Sampling | None" = None
 
     @property
     def updates_per_epoch(self) -> int:
         """Optimizer steps of one pass."""
         return math.ceil(len(self.rows) / self.utterances_per_update)
+
+    @property
+    def samples_per_epoch(self) -> float:
+        """Samples of audio of one pass; the mean of all passes where some clips come more often than others."""
+        if self.sampling is None:
+            return float(self.num_samples.sum(dtype=np.int64))
+        return self.sampling.samples_per_epoch(self.num_samples)
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Positions in `rows` for one epoch, [N]; update u is the slice [u * size, (u + 1) * size).
@@ -288,28 +301,59 @@ class BatchPlan:
         """
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(len(self.rows))
+        if self.sampling is not None:
+            order = self.sampling.draw(epoch)[order]
         size = self.utterances_per_update
         num_full = len(order) // size
         full, rest = order[: num_full * size], order[num_full * size :]
         window = size * UPDATES_PER_BUCKET
         for start in range(0, len(full), window):
             part = full[start : start + window]
-            full[start : start + window] = part[np.argsort(self.num_samples[part], kind="stable")]
+            full[start : start + window] = self._by_length(part)
         shuffled = full.reshape(num_full, size)[rng.permutation(num_full)]
         return np.concatenate([shuffled.reshape(-1), rest])
+
+    def _by_length(self, part: np.ndarray) -> np.ndarray:
+        """Positions sorted by length; a clip that is there several times is spread, not a neighbour of itself.
+
+        Sorted, they are dealt like cards into as many hands as the commonest of them has copies, which lie one behind
+        the other, every second one from long to short: no update meets a clip again within one hand.
+        """
+        most_copies = int(np.unique(part, return_counts=True)[1].max()) if self.sampling is not None else 1
+        if most_copies == 1:
+            return part[np.argsort(self.num_samples[part], kind="stable")]
+        ordered = part[np.lexsort((part, self.num_samples[part]))]
+        hands = [ordered[first::most_copies] for first in range(most_copies)]
+        return np.concatenate([hand[:: -1 if number % 2 else 1] for number, hand in enumerate(hands)])
 
     def updates(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield (step, epoch, positions) for the optimizer steps first_step .. last_step - 1, counted from 0.
 
         The position in the data is the step itself, so a resume costs one epoch's permutation and no skipping.
         """
-        epoch, order = -1, np.zeros(0, np.int64)
+        for step, epoch, positions, _ in self.updates_with_copies(first_step, last_step):
+            yield step, epoch, positions
+
+    def updates_with_copies(self, first_step: int, last_step: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """The same with how often each utterance has come before in its epoch, copies, for draws that differ."""
+        epoch, order, copies = -1, np.zeros(0, np.int64), np.zeros(0, np.int64)
         for step in range(first_step, last_step):
             if step // self.updates_per_epoch != epoch:
                 epoch = step // self.updates_per_epoch
                 order = self.epoch_order(epoch)
+                copies = np.zeros(len(order), np.int64) if self.sampling is None else _count_copies(order)
             start = step % self.updates_per_epoch * self.utterances_per_update
-            yield step, epoch, order[start : start + self.utterances_per_update]
+            update = slice(start, start + self.utterances_per_update)
+            yield step, epoch, order[update], copies[update]
+
+
+def _count_copies(order: np.ndarray) -> np.ndarray:
+    """How often each value stands further in front, [N]."""
+    by_value = np.argsort(order, kind="stable")
+    _, counts = np.unique(order, return_counts=True)
+    copies = np.empty(len(order), np.int64)
+    copies[by_value] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return copies
 
 
 def cut_update(
@@ -488,7 +532,7 @@ class Collator:
         vocabulary: labels of the model.
         do_normalize: zero mean and unit variance per utterance, as the checkpoint's feature extractor says.
         hf_config: configuration of the encoder, for frame counts and masks.
-        seed: masks are a function of (seed, epoch, row), whatever the cut.
+        seed: masks are a function of (seed, epoch, row, copy), whatever the cut.
         augmenter: changes waveforms in training; None for none.
         num_views: 2 in consistency training, where masks are drawn twice.
     """
@@ -620,16 +664,16 @@ class CutSettings:
 
 
 class _Updates(Dataset):
-    """What the loader's workers hold: from (step, epoch, positions) to an `Update` of this rank."""
+    """What the loader's workers hold: from (step, epoch, positions, copies) to an `Update` of this rank."""
 
     def __init__(
         self, dataset: ShardDataset, plan: BatchPlan, num_labels: np.ndarray, collate: Collator, cut: CutSettings
     ) -> None:
         self.dataset, self.plan, self.num_labels, self.collate, self.cut = dataset, plan, num_labels, collate, cut
 
-    def __getitem__(self, planned: tuple[int, int, np.ndarray]) -> Update:
-        step, epoch, positions = planned
-        rows, copies = self.plan.rows[positions], np.zeros(len(positions), np.int64)
+    def __getitem__(self, planned: tuple[int, int, np.ndarray, np.ndarray]) -> Update:
+        step, epoch, positions, copies = planned
+        rows = self.plan.rows[positions]
         cuts = cut_update(
             self.collate.lengths(rows, self.plan.num_samples[positions], epoch, copies),
             self.cut.num_processes,
@@ -661,8 +705,8 @@ class _PlannedUpdates:
     def __init__(self, plan: BatchPlan, first_step: int, last_step: int) -> None:
         self.plan, self.first_step, self.last_step = plan, first_step, last_step
 
-    def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
-        return self.plan.updates(self.first_step, self.last_step)
+    def __iter__(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        return self.plan.updates_with_copies(self.first_step, self.last_step)
 
     def __len__(self) -> int:
         return self.last_step - self.first_step

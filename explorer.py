@@ -1,7 +1,7 @@
 """Utterances with reference and hypothesis side by side, to be searched, sorted and heard in the page."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Explorer:
         listed: the utterances, in the order of their importance.
         total: utterances of the evaluation.
         facets: columns to filter by, with their values.
-        split: the prepared data that they are from; None where it is not known.
+        split: the folders of prepared data that they are from; none where that is not known.
         fingerprint: of that data, where it is known.
         clips: base64 of MP3 by id.
         remarks: what is said about clips and listing.
@@ -32,7 +32,7 @@ class Explorer:
     listed: list[Listed]
     total: int
     facets: dict[str, list[str]] = field(default_factory=dict)
-    split: Path | None = None
+    split: Sequence[Path] = ()
     fingerprint: str | None = None
     clips: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)

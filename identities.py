@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache import FactCache
+from cache import Arrays, FactCache
 from corpora import sentence_keys
 from data import ShardDataset
+from joined import JoinedDataset, members
 
 TEXTS_PER_BLOCK = 10_000
 NONE = 0
 # Of the splits that are open: a folder that cannot be written keeps nothing, and everyone asks.
-_known: "weakref.WeakKeyDictionary[ShardDataset, Identities]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[ShardDataset | JoinedDataset, Identities]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,18 @@ class Identities:
     clips: np.ndarray
 
 
-def identities(dataset: ShardDataset) -> Identities:
+def identities(dataset: ShardDataset | JoinedDataset) -> Identities:
     """Of every utterance; found once, and kept with the open split and beside the data."""
     if dataset not in _known:
         names = ("sentences", "speakers", "clips")
-        shapes = dict.fromkeys(names, (len(dataset),))
-        arrays = FactCache(dataset.folder.parent).get("identities", dataset.fingerprint, lambda: _find(dataset), shapes)
-        _known[dataset] = Identities(*(arrays[name] for name in names))
+        found = [_find_or_recall(one, names) for one in members(dataset)]
+        _known[dataset] = Identities(*(np.concatenate([arrays[name] for arrays in found]) for name in names))
     return _known[dataset]
+
+
+def _find_or_recall(dataset: ShardDataset, names: tuple[str, ...]) -> Arrays:
+    cache, shapes = FactCache(dataset.folder.parent), dict.fromkeys(names, (len(dataset),))
+    return cache.get("identities", dataset.fingerprint, lambda: _find(dataset), shapes)
 
 
 def distinct(values: np.ndarray) -> np.ndarray:

@@ -61,6 +61,7 @@ from model import parameter_counts
 from processes import RankStatus, naming_lost_processes, start_processes
 from progress import print_table
 from recovery import failing_by_name, release_memory
+from sampling import check_sampling
 from selection import COUNT_CHECK, write_drop_list, write_suspects
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def choose_report_folder(config: PreflightConfig) -> Path:
     """
     folder = Path(config.output_dir) if config.output_dir else None
     if folder is None or holds_run(folder):
-        folder = Path(config.data_dir) / "preflight"
+        folder = config.data_dirs[0] / "preflight"
     if trouble := _trouble_with(folder):
         raise UsageError(f"{trouble}: name a folder for the report with --output_dir")
     return folder
@@ -193,6 +194,7 @@ def run_checks(assembly: "Assembly") -> Report:
         *check_coverage(assembly.sets, coverages, assembly.normalizer, assembly.vocabulary),
         round_trip,
         *assembly.selection.findings,
+        *check_sampling(assembly.sampling),
         *check_audio(assembly.sets),
         *assembly.overlap.findings,
         *check_precision(assembly.accelerator.mixed_precision, assembly.accelerator.device),

@@ -107,9 +107,9 @@ def gather(found: ResultsFolder, number: int, config: ReportConfig) -> Evaluated
             raise
         found.missing.append(str(error))
         return Evaluated(number, found, None, None)
-    split = Path(found.results["data"]) if "data" in found.results else None
-    if split is not None and config.data_dir:
-        split = Path(config.data_dir) / split.name
+    split = [Path(found.results["data"])] if "data" in found.results else []
+    if split and config.data_dir:
+        split = [Path(config.data_dir) / split[0].name]
     explorer = Explorer(
         f"utterances-{number}", counted.read(counted.choose(config.seed)), len(counted), counted.facets, split,
         found.results.get("data_fingerprint"),
@@ -121,7 +121,8 @@ def gather_samples(run: RunFolder, config: ReportConfig) -> Explorer:
     """The few utterances that a run writes out at every evaluation."""
     listed = [Listed(row["id"], row["reference"], row["prediction"]) for row in run.samples]
     data_dir = config.data_dir or run.config.get("data_dir")
-    split = Path(data_dir) / (run.config.get("eval_split") or "dev") if data_dir else None
+    folders = data_dir if isinstance(data_dir, list) else [data_dir] if data_dir else []
+    split = [Path(str(one)) / (run.config.get("eval_split") or "dev") for one in folders]
     return Explorer("samples", listed, len(listed), split=split)
 
 
@@ -133,7 +134,7 @@ def add_clips(explorers: Sequence[Explorer], max_bytes: int, config: ReportConfi
             explorer.remarks.append("Clips are left out (--no_audio).")
             continue
         try:
-            if explorer.split is None:
+            if not explorer.split:
                 raise UsageError("the data is not named here: results.json or config.yaml is missing")
             dataset = open_split(explorer.split, explorer.fingerprint)
             explorer.clips = embed_clips(dataset, explorer.heard, max_bytes // (len(explorers) - place))
@@ -152,8 +153,9 @@ def describe_clips(explorer: Explorer) -> str:
     """How many can be heard, and why the others cannot."""
     wanted, embedded = len(explorer.heard), len(explorer.clips)
     if embedded < wanted:
+        places = " + ".join(map(str, explorer.split))
         return (
-            f"{embedded:,} of {wanted:,} clips can be heard; the others are not in {explorer.split}, or would make the "
+            f"{embedded:,} of {wanted:,} clips can be heard; the others are not in {places}, or would make the "
             f"page larger than {format_bytes(MAX_PAGE_BYTES)}."
         )
     return f"{embedded:,} clips can be heard{': the worst and the random ones' if wanted < explorer.total else ''}."

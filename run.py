@@ -5,6 +5,7 @@ rate are functions of the seed and the step.
 """
 
 import contextlib
+import csv
 import functools
 import hashlib
 import json
@@ -26,6 +27,7 @@ import levers
 import preflight
 import roundtrip
 import runlog
+import sampling
 from assembly import Assembly
 from atomic import ASIDE, UNFINISHED, recover_folder, write_atomically
 from audio import SAMPLE_RATE_HZ
@@ -36,6 +38,7 @@ from config import TrainConfig, write_config
 from data import ShardDataset
 from errors import Stopped, UsageError
 from hosts import TOKEN_PREFIX, check_same
+from joined import CORPUS
 from levers import METRICS
 from memory import MEGABYTE, MemoryLimit, peak_bytes
 from meter import METER_SUMS, BadUpdates, Meter
@@ -62,7 +65,7 @@ TRACKER_PROJECT = "wav2vec2-ctc-finetune"
 RUN_FILES = (
     *("config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv"),
     *("eval_slices.csv", "bad_batches.csv", "train_results.json", "checkpoints", runlog.REPORT_FILE),
-    *("model", "model.new", "model.rejected", averaging.AVERAGE_FOLDER, roundtrip.PROBE_FILE),
+    *("model", "model.new", "model.rejected", averaging.AVERAGE_FOLDER, roundtrip.PROBE_FILE, sampling.SAMPLING_FILE),
     *(*preflight.REPORT_FILES, TRACKER_PROJECT, "wandb"),
 )
 
@@ -163,7 +166,10 @@ class Run(Assembly):
         """What decides the meaning of a run: its data, its texts, its model, the order and size of its steps."""
         config, augmenter = self.config, self.collate.augmenter
         sets = {"train": self.train_set, "evaluation": self.eval_set, "test": self.test_set}
-        settings = "seed num_train_epochs max_steps max_grad_norm freeze_feature_encoder max_eval_samples"
+        settings = (
+            "seed num_train_epochs max_steps max_grad_norm freeze_feature_encoder max_eval_samples "
+            "data_weights sample_by sampling_temperature"
+        )
         return {
             **{f"the {name} data": one.fingerprint for name, one in sets.items() if one is not None},
             "the selection of training utterances": hashlib.sha256(self.selection.rows.tobytes()).hexdigest(),
@@ -191,7 +197,14 @@ class Run(Assembly):
             self._write_config()
             self._write("environment.json", json.dumps(environment, indent=1))
             self._open_tables()
+            self._write_sampling()
             preflight.write_report(self.folder, self.report, self)
+
+    def _write_sampling(self) -> None:
+        path = self.folder / sampling.SAMPLING_FILE
+        path.unlink(missing_ok=True)  # of a run that is resumed with other settings
+        if self.sampling is not None:
+            sampling.write_sampling(path, self.sampling)
 
     def _write_config(self) -> None:
         """`config.yaml`: the settings of this run, and what the launcher decided."""
@@ -279,6 +292,7 @@ class Run(Assembly):
         (self.folder / "train_results.json").unlink(missing_ok=True)
         if has_changed:
             self._write_config()  # --resume_anyway: the next resume is one of the run as it is now.
+            self._write_sampling()
         recover_folder(self.folder / "model")
         averaging.put_single_back(self.folder)
         averaging.remove_unused(self.folder, self.best.averaged_steps)
@@ -306,9 +320,10 @@ class Run(Assembly):
         drops = ", ".join(f"{reason} {count}" for reason, count in self.selection.drops_by_reason.items()) or "none"
         size = self.state.utterances_per_update
         return [
-            f"data        {config.data_dir}: {len(self.plan.rows)} training utterances, {seconds / 3600:.2f} h; "
+            f"data        {config.data_named}: {len(self.plan.rows)} training utterances, {seconds / 3600:.2f} h; "
             f"evaluation on {len(self.eval_rows)} of {self.eval_set.folder}",
             f"left out    {drops}",
+            *self._describe_sampling(),
             f"text        case {self.normalizer.case}, vocabulary of {len(self.vocabulary)}",
             f"model       {config.model_name_or_path or self.hf_config.model_type + ' from random weights'}: "
             f"{trained:,} parameters trained, {frozen:,} frozen",
@@ -316,7 +331,7 @@ class Run(Assembly):
             f"update      {config.per_device_train_batch_size} per micro-batch x {config.gradient_accumulation_steps} "
             f"accumulated x {processes} processes = {self.utterances_per_update} utterances"
             + (f", {size} as the run began with" if size != self.utterances_per_update else "")
-            + f", {seconds / len(self.plan.rows) * size:.0f} s of audio"
+            + f", {self.plan.samples_per_epoch / SAMPLE_RATE_HZ / len(self.plan.rows) * size:.0f} s of audio"
             + (f"; cut at {self.max_batch_seconds:g} s of padded audio" if self.max_batch_seconds else ""),
             f"run         {self.total_steps} updates, {self.plan.updates_per_epoch} per epoch; precision "
             f"{facts['mixed_precision']} on {facts['device']}, {facts['distributed_type']}; seed {config.seed}",
@@ -325,12 +340,16 @@ class Run(Assembly):
             f"disk        {disk}",
         ]
 
+    def _describe_sampling(self) -> list[str]:
+        lines = [] if self.sampling is None else sampling.describe(self.sampling)
+        return [f"{'' if number else 'sampling':<12}{line}" for number, line in enumerate(lines)]
+
     def _describe_evaluations(self) -> str:
         """How often, on how much, and what share of the run that takes: known before the first night is lost to it."""
         passes, always = self._evaluation_passes()
         cost = EVALUATION_COST * float(self.eval_set.num_samples[self.eval_rows].mean())  # of one dev clip
         evaluated = cost * len(self.eval_rows) * passes + EVALUATION_COST * always
-        trained = float(self.plan.num_samples.mean()) * self.state.utterances_per_update * self.total_steps
+        trained = self._samples_per_update * self.total_steps
         share = evaluated / (evaluated + trained)
         clips = f"{len(self.eval_rows):,} of {len(self.eval_set):,} clips"
         rest = [", and the test set"] if self.test_set is not None else []
@@ -406,9 +425,14 @@ class Run(Assembly):
             float(
                 sum(one.num_samples.sum(dtype=np.int64) for one in rest) + self._averages_scored * self._eval_samples
             ),
-            float(self.plan.num_samples.mean()) * self.state.utterances_per_update,
+            self._samples_per_update,
         )
         return tuple(number / SAMPLE_RATE_HZ for number in samples)
+
+    @property
+    def _samples_per_update(self) -> float:
+        """Samples of audio in a mean update."""
+        return self.plan.samples_per_epoch / len(self.plan.rows) * self.state.utterances_per_update
 
     def cost(self) -> dict[str, float]:
         """Of the whole run, resumes included: speed, padding, and the seconds of each phase."""
@@ -440,6 +464,21 @@ class Run(Assembly):
         # Of what trains, all is known.
         trained = None if dataset is self.train_set else self.trained
         return Breakdown.of(dataset, rows, self.texts[dataset.folder.name].num_labels[rows], trained)
+
+    def eval_of_sets(self) -> dict[str, list[dict[str, object]]]:
+        """What eval_slices.csv says of each of several sets at the best step, for train_results.json."""
+        if len(self.config.data_dirs) == 1:
+            return {}
+        with self.slices.path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["slice"] == CORPUS]
+        rates = ("wer", "wer_low", "wer_high", "cer")
+        sets = [
+            {"group": row["group"], "utterances": int(row["utterances"])}
+            | {name: float(row[name]) if row[name] else None for name in rates}
+            for row in rows
+            if int(row["step"]) == self.state.best_step
+        ]
+        return {"best_eval_sets": sets}
 
     # What is written while training
 

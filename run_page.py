@@ -193,6 +193,7 @@ def machine(environment: Row) -> Markup | None:
 def evaluation_command(run: RunFolder, data_dir: str | None) -> str:
     """The command that makes what this report lacks: every utterance of the test set."""
     model, data = run.folder / "model", data_dir or run.config.get("data_dir") or "DATA_DIR"
+    data = data if isinstance(data, str) else data[0]  # One set at a time is scored.
     return shlex.join(["python", "evaluate.py", "--model_name_or_path", str(model), "--data_dir", str(data)])
 
 

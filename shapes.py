@@ -14,6 +14,7 @@ from clock import PHASE_COLUMNS
 
 Shape = Any
 NUMBER = int | float
+TEXTS = str | list
 KINDS = {
     str: "text",
     NUMBER: "a number",
@@ -21,7 +22,7 @@ KINDS = {
     bool: "true or false",
     dict: "a set of names and values",
 }
-KINDS |= {list: "a list"}
+KINDS |= {list: "a list", TEXTS: "a text or a list"}
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,13 @@ TRAIN_RESULTS = Known(
     | {"best_step": int, "eval_full_slices": [_SLICE], "test_slices": [_SLICE]}
 )  # fmt: skip
 CONFIG = Known(
-    {"max_steps": NUMBER, "num_train_epochs": NUMBER, "data_dir": str, "eval_split": str, "metric_for_best_model": str}
+    {
+        "max_steps": NUMBER,
+        "num_train_epochs": NUMBER,
+        "data_dir": TEXTS,
+        "eval_split": str,
+        "metric_for_best_model": str,
+    }
 )
 PREFLIGHT = Known({"left_out": EachOf(int), "findings": [dict.fromkeys(("check", "result", "verdict", "remedy"), str)]})
 ENVIRONMENT = Known({})

@@ -137,7 +137,7 @@ def _makers(
         if column not in OWN_COLUMNS:
             # What is known of the clip keeps its name when the corpus has a column of the same one.
             name = corpus_name(column, makers)
-            makers[name] = lambda name=name, column=column: _by_value(name, dataset.column(column, rows), limit)
+            makers[name] = lambda name=name, column=column: group_by_value(name, dataset.column(column, rows), limit)
     return makers
 
 
@@ -146,7 +146,7 @@ def corpus_name(column: str, taken: Container[str]) -> str:
     return f"corpus_{column}" if column in taken else column
 
 
-def _by_value(name: str, values: Iterable[str], limit: int | None = None) -> Grouping | None:
+def group_by_value(name: str, values: Iterable[str], limit: int | None = None) -> Grouping | None:
     """A group per value, the most frequent first, what is not given last; None for more than `limit`, read no further.
 
     Columns of names and ids have a value per row, which need not all be held to know that they do not divide a set.
@@ -168,7 +168,7 @@ def _by_value(name: str, values: Iterable[str], limit: int | None = None) -> Gro
 def _by_membership(name: str, values: np.ndarray, members: np.ndarray) -> Grouping:
     """Two groups: also in the training data, or not; where there is nothing to compare, neither."""
     said = np.where(values == NONE, "", np.where(is_among(values, members), "yes", "no"))
-    return _by_value(name, said.tolist())
+    return group_by_value(name, said.tolist())
 
 
 def _by_edges(name: str, values: np.ndarray, edges: Sequence[float], unit: str) -> Grouping:
@@ -249,7 +249,7 @@ def draw_stratified(
     to one utterance.
     """
     generator = np.random.default_rng(seed)
-    strata = [generator.permutation(len(rows)), _by_value("speaker", dataset.column("speaker", rows)).codes]
+    strata = [generator.permutation(len(rows)), group_by_value("speaker", dataset.column("speaker", rows)).codes]
     deciles = np.quantile(dataset.num_samples[rows], np.arange(0.1, 1.0, 0.1))
     strata.append(np.searchsorted(deciles, dataset.num_samples[rows]))
     if trained is not None:

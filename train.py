@@ -33,6 +33,7 @@ from clock import describe_cost
 from config import PrepareConfig, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
 from hosts import check_hosts_agree, check_shared_folder
+from joined import CORPUS
 from processes import RankStatus, naming_lost_processes, start_processes
 from progress import Progress, format_seconds
 from recovery import failing_by_name
@@ -52,6 +53,8 @@ DONE, TRIES_AGAIN, GIVES_UP = range(3)
 OUT_OF_MEMORY_REMEDY = "give --gradient_checkpointing, or use a smaller model"
 # Groups of the slice `speaker_in_train`, and what the results call them.
 VOICES = {"yes": "seen", "no": "unseen"}
+# Figures of the whole, and where the results have those of each of several prepared sets.
+OF_SETS = {"best_eval_wer": "best_eval_sets", "eval_full_wer": "eval_full_slices", "test_wer": "test_slices"}
 
 
 def main() -> None:
@@ -309,7 +312,7 @@ def finish(run: Run) -> None:
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:
-        results |= run.cost()
+        results |= run.cost() | run.eval_of_sets()
         card.write_card(run.folder / "model", run, run.best.figures_of_model(results))
         run.write_results(results)
         print("\n".join(summary(run, results)), flush=True)
@@ -336,9 +339,10 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
             before = results.get(f"{name.replace('best_', '')}_before")
             behind = f"   (before training {before:.2%})" if before is not None else ""
             lines.append(f"  {meaning:<32} {results[name]:7.2%}{describe_limits(results, name)}{behind}")
+            lines += summary_of_sets(run, results.get(OF_SETS.get(name), []))
     lines.append(f"  {describe_cost(results)}")
     folder = run.folder
-    clip = Path(run.config.data_dir) / "demo_corpus" / run.test_set[0].id if is_demo and run.test_set else "CLIP.wav"
+    clip = run.config.data_dirs[0] / "demo_corpus" / run.test_set[0].id if is_demo and run.test_set else "CLIP.wav"
     return [
         *lines,
         f"  log {folder / 'training_log.csv'}, plot {folder / 'training_curve.png'}, model {folder / 'model'}",
@@ -354,13 +358,19 @@ def describe_best(run: Run, results: dict[str, object]) -> str:
     return f"{best}, averaged" if results["best_weights"] == EMA else best
 
 
+def summary_of_sets(run: Run, slices: list[dict[str, object]]) -> list[str]:
+    """The WER of each of several prepared sets."""
+    sets = [one for one in slices if one.get("slice", CORPUS) == CORPUS] if len(run.config.data_dirs) > 1 else []
+    return [f"    {one['group']:<30} {one['wer']:7.2%}{describe_limits(one, 'wer')}" for one in sets]
+
+
 def prepare_demo(config: TrainConfig, accelerator: Accelerator) -> None:
     """Make and prepare the built-in corpus where it is not there yet; the other ranks wait."""
     from prepare import prepare
 
     if accelerator.is_local_main_process:
         # Hosts may share the folder: one of them makes it, the others wait and find it.
-        prepare(PrepareConfig(corpus="demo", data_dir=config.data_dir), is_waiting=True)
+        prepare(PrepareConfig(corpus="demo", data_dir=str(config.data_dirs[0])), is_waiting=True)
     accelerator.wait_for_everyone()
 
 

@@ -75,9 +75,9 @@ def test_the_limit_is_kept_and_the_first_come_first(dataset: ShardDataset, max_b
 
 
 def test_data_that_is_not_what_was_scored_is_refused(dataset: ShardDataset, tmp_path: Path) -> None:
-    assert len(open_split(dataset.folder, dataset.fingerprint)) == 12
-    assert len(open_split(dataset.folder, None)) == 12
+    assert len(open_split([dataset.folder], dataset.fingerprint)) == 12
+    assert len(open_split([dataset.folder], None)) == 12
     with pytest.raises(UsageError, match="is not the data that was scored"):
-        open_split(dataset.folder, "0" * 64)
+        open_split([dataset.folder], "0" * 64)
     with pytest.raises(UsageError, match="there is no folder"):
-        open_split(tmp_path / "moved" / "test", None)
+        open_split([tmp_path / "moved" / "test"], None)

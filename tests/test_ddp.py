@@ -385,6 +385,29 @@ def assert_one_voice(ranks: Ranks) -> None:
 # --- Promises 1 and 2 over processes -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_promise_1_two_processes_draw_from_two_sets_what_one_does(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Sampled by weight and temperature, with clips that repeat in an epoch and masks; stopped and resumed by two."""
+    other = tmp_path / "other"
+    write_part(other / "train" / "part_1", make_rows(3, seed=21, speakers=("dan",)))
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=TINY_MODEL | MASKS | {"initializer_range": 0.1}, max_steps=5,
+        save_steps=2,
+    )  # fmt: skip
+    sampled = ("--data_dir", prepared, other, "--data_weights", 1, 1, "--sample_by", "speaker")
+    flags = ("--config", recipe, *sampled, "--sampling_temperature", "balanced", "--per_device_train_batch_size")
+    one, two = run_ranks(1, "one", *flags, 8), run_ranks(2, "two", *flags, 4)
+    assert [len(one.trained(step)) for step in range(5)] == [8, 8, 8, 8, 8]
+    assert_same_training(two, one, steps=5)
+    assert_one_voice(two)
+    run_ranks(2, "parts", *flags, 4, stop_at=3)
+    parts = run_ranks(2, "parts", *flags, 4, "--resume_from_checkpoint", "last")
+    assert all(torch.equal(value, two.state(5)[name]) for name, value in parts.state(5).items())
+    assert repeatable(parts) == repeatable(two)
+
+
 @pytest.mark.parametrize(
     ("architecture", "numbers"), [(TINY_MODEL, [2]), (TINY_GROUP_NORM_MODEL, [2, 5])], ids=["layer_norm", "group_norm"]
 )
