@@ -412,6 +412,37 @@ class TranscribeConfig:
 
 
 @dataclass(frozen=True)
+class LearningCurveConfig:
+    """Settings of learning_curve.py."""
+
+    positional: ClassVar[str] = "runs"
+
+    runs: list[str] = dataclasses.field(default_factory=list)
+    """Run directories of train.py, finished, which differ in their hours of training audio."""
+    metric: Literal["auto", "test_wer", "eval_wer"] = "auto"
+    """Of the test set or of the dev set; `auto` takes the test set where all runs have scored it."""
+    times_hours: float = 2.0
+    """Predict the error rate at so many times the hours of the largest run."""
+    output: str = "learning_curve.png"
+    """Plot to write."""
+    seed: int = 42
+    """Decides the bootstrap's draws."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        if not self.runs:
+            found.append("name the run directories: python learning_curve.py RUN RUN RUN")
+        if not self.times_hours > 1:
+            found.append(f"--times_hours is {self.times_hours:g}, it must be above 1")
+        if not self.output.endswith((".png", ".svg", ".pdf")):
+            found.append(f"--output is {self.output}, it must end with .png, .svg or .pdf")
+        if not 0 <= self.seed < SEED_LIMIT:
+            found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
+        return found
+
+
+@dataclass(frozen=True)
 class ReportConfig:
     """Settings of report.py."""
 

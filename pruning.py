@@ -48,7 +48,7 @@ class _Listed:
         keys: `_key` of the ids, uint64.
         ranks: of a ranking; else 0.
         scores: of a ranking; else NaN.
-        seconds: where the file has them; else NaN.
+        seconds: of a ranking; else NaN.
         total: lines of the file.
     """
 
@@ -70,15 +70,17 @@ def find_pruned(dataset: ShardDataset, config: TrainConfig) -> Pruned | None:
         return None
     path = Path(config.prune_list)
     listed = _read(path, config.prune_fraction)
+    if not len(listed.keys):  # A ranking that suggests nothing, or a share of it below half a clip.
+        return Pruned(np.zeros(len(dataset), bool), lambda row: path.name, _finding(path, 0, 0, listed.total))
     order = np.argsort(listed.keys, kind="stable")
     keys = np.fromiter(map(_key, dataset.column("id")), np.uint64, len(dataset))
-    place = np.minimum(np.searchsorted(listed.keys[order], keys), max(len(order) - 1, 0))
-    rows = listed.keys[order][place] == keys if len(order) else np.zeros(len(dataset), bool)
-    line = order[place] if len(order) else place
-    if len(order) and not rows.any():
+    place = np.minimum(np.searchsorted(listed.keys[order], keys), len(order) - 1)
+    line = order[place]
+    rows = listed.keys[line] == keys
+    if not rows.any():
         raise UsageError(
-            f"--prune_list {path}: none of its {len(order):,} ids is in {dataset.folder}; they must be written as in its "
-            "column `id`, which drop_list.csv and utterances.csv show"
+            f"--prune_list {path}: none of its {len(order):,} ids is in {dataset.folder}; they must be written as "
+            "in its column `id`, which train_ranking.csv and drop_list.csv show"
         )
     _check_seconds(path, dataset, rows, listed.seconds[line])
 
@@ -99,8 +101,7 @@ def _check_seconds(path: Path, dataset: ShardDataset, rows: np.ndarray, listed_s
         row = int(differing[0])
         raise UsageError(
             f"--prune_list {path} is about other data: {dataset[row].id} has {listed_seconds[row]:.3f} s there and "
-            f"{own_seconds[row]:.3f} s in {dataset.folder} ({len(differing):,} clips differ): rank this data, or leave "
-            "the column `seconds` out of the file"
+            f"{own_seconds[row]:.3f} s in {dataset.folder} ({len(differing):,} clips differ): rank this data"
         )
 
 
@@ -127,8 +128,8 @@ def _read(path: Path, fraction: float | None) -> _Listed:
                     raise ValueError("it has no id")
                 keys.append(_key(line["id"]))
                 ranks.append(int(line.get("rank", 0)))
-                scores.append(float(line.get("score", math.nan)))
-                seconds.append(float(line.get("seconds") or math.nan))
+                scores.append(float(line["score"]) if is_ranking else math.nan)
+                seconds.append(float(line["seconds"]) if is_ranking else math.nan)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prune_list {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except (KeyError, TypeError, ValueError, csv.Error) as error:

@@ -166,8 +166,8 @@ def print_ranking(name: str, rows: list[dict[str, str]], wrong: set[str], facts:
     found = np.count_nonzero(suggested & is_wrong)
     print(
         f"suggested: {suggested.sum()} clips; precision {found / suggested.sum():.3f} (expected "
-        f"{facts['expected_precision']:.3f}), recall {found / len(wrong):.3f} (expected {facts['expected_recall']:.3f}); "
-        f"about {facts['expected_wrong']:.0f} errors expected"
+        f"{facts['expected_precision']:.3f}), recall {found / len(wrong):.3f} (expected "
+        f"{facts['expected_recall']:.3f}); about {facts['expected_wrong']:.0f} errors expected"
     )
 
 
