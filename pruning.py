@@ -6,6 +6,7 @@ N: utterances of the training split.
 import csv
 import hashlib
 import math
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,8 @@ def _finding(path: Path, found: int, listed: int, total: int) -> Finding:
 
 def _read(path: Path, fraction: float | None) -> _Listed:
     """Those lines that are meant; numbers alone are kept."""
-    keys, ranks, scores, seconds, total, is_ranking = [], [], [], [], 0, False
+    columns = keys, ranks, scores, seconds = array("Q"), array("q"), array("d"), array("d")
+    total, is_ranking = 0, False
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for line in _lines(path, file):
@@ -139,9 +141,8 @@ def _read(path: Path, fraction: float | None) -> _Listed:
     if fraction is not None and not is_ranking:
         raise UsageError(f"--prune_fraction needs a ranking (evaluate.py --rank_train), {path} has no column `rank`")
     last = total if fraction is None else round(fraction * total)
-    wanted = np.asarray(ranks, np.int64) <= last
-    columns = ((keys, np.uint64), (ranks, np.int64), (scores, np.float64), (seconds, np.float64))
-    return _Listed(*(np.asarray(values, kind)[wanted] for values, kind in columns), total)
+    wanted = np.asarray(ranks) <= last
+    return _Listed(*(np.asarray(values)[wanted] for values in columns), total)
 
 
 def _lines(path: Path, file: Iterator[str]) -> Iterator[dict[str, str]]:

@@ -104,7 +104,7 @@ def select_training_rows(
     for code, (rows, _) in enumerate(rules.values(), 1):
         reasons[rows & (reasons == 0)] = code
     details = {name: detail for name, (_, detail) in rules.items()}
-    details["not_in_subset"] = lambda row: "train_fraction, train_rest or max_train_samples"
+    details["not_in_subset"] = lambda row: "train_fraction or max_train_samples"
     kept = np.flatnonzero(reasons == 0)
     subset = _draw_subset(kept, config)
     reasons[np.setdiff1d(kept, subset, assume_unique=True)] = len(details)

@@ -33,6 +33,8 @@ from result_layout import RANKING_FACTS_FILE, RANKING_FILE
 
 CORPUS = REPOSITORY.parent / "shared" / "corpora" / "digits"
 HELD_OUT_SPEAKER = "theo"
+# Of texts between two clips, per clip: enough to forget the order that they began in.
+EXCHANGES = 20
 # Each gets the larger the more suspect a clip is.
 MEASURES: dict[str, Callable[[dict[str, str]], float]] = {
     "score": lambda row: float(row["score"]),
@@ -139,13 +141,17 @@ def _rows(folder: Path, corpus: Path) -> list[dict[str, str]]:
 def swap_texts(texts: dict[str, str], share: float, seed: int) -> dict[str, str]:
     """New texts for a share of the clips: each has the text of another of them, which differs from its own.
 
-    Sorted by text and rotated by the largest group, no clip meets its own text, unless one has half of them.
+    Sorted by text and rotated by the largest group, no clip meets its own text, unless one has half of them; pairs are
+    then exchanged at random where both stay wrong, since a rotation would call every word by the same other one.
     """
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(sorted(texts))[: round(share * len(texts))].tolist()
     chosen.sort(key=lambda name: texts[name])
     largest = max(Counter(texts[name] for name in chosen).values())
     swapped = {name: texts[chosen[(place + largest) % len(chosen)]] for place, name in enumerate(chosen)}
+    for first, second in rng.choice(chosen, (EXCHANGES * len(chosen), 2)).tolist():
+        if swapped[second] != texts[first] and swapped[first] != texts[second]:
+            swapped[first], swapped[second] = swapped[second], swapped[first]
     assert all(swapped[name] != texts[name] for name in chosen)
     return swapped
 

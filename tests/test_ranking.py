@@ -17,6 +17,7 @@ from transformers import AutoModelForCTC, AutoProcessor
 import evaluate
 import ranking
 from audio import SAMPLE_RATE_HZ
+from benchmarks import planted_errors
 from data import ShardDataset
 from ranking import suggest_cut
 from result_layout import RANKING_COLUMNS
@@ -279,3 +280,27 @@ def test_an_even_half_of_one_text_has_strangers_of_other_texts_only(tmp_path: Pa
     assert run_command(evaluate.main, "e", "--rank_train", *flags, "--dataloader_num_workers", 0) == 0
     facts = read(tmp_path / "found")[1]
     assert (facts["scores_of_strangers"], facts["suggested"], facts["cut"]) == ({}, 0, None)
+
+
+# --- benchmarks/planted_errors.py ----------------------------------------------------------------------------------
+
+
+def test_planted_errors_are_as_many_as_asked_each_wrong_and_at_random() -> None:
+    texts = {f"u{row}": ["one", "two", "three", "four", "five"][row % 5] for row in range(500)}
+    swapped = planted_errors.swap_texts(texts, 0.2, seed=3)
+    assert len(swapped) == 100
+    assert all(texts[name] != text for name, text in swapped.items())
+    assert sorted(swapped.values()) == sorted(texts[name] for name in swapped), "the texts are those of each other"
+    pairs = {(texts[name], text) for name, text in swapped.items()}
+    assert len(pairs) == 20, "every word is called by every other one"
+    assert planted_errors.swap_texts(texts, 0.2, seed=3) == swapped
+    assert planted_errors.swap_texts(texts, 0.2, seed=4) != swapped
+
+
+def test_precision_at_the_true_number_is_that_of_any_order_of_ties() -> None:
+    rng = np.random.default_rng(0)
+    values, is_wrong = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.3
+    orders = [np.lexsort((rng.random(40), -values))[: is_wrong.sum()] for _ in range(4_000)]
+    expected = np.mean([is_wrong[order].mean() for order in orders])
+    assert planted_errors.precision_at(values, is_wrong) == pytest.approx(expected, abs=0.01)
+    assert planted_errors.precision_at(is_wrong.astype(float), is_wrong) == 1
