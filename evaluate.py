@@ -258,27 +258,16 @@ def rank_train(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -
         UsageError: --other_half and the model are not of runs on this very data.
     """
     scorer = RankingScorer(config, accelerator)
-    heard = find_heard(config.model_name_or_path, scorer.dataset)
-    rows = np.arange(len(scorer.dataset))
-    is_left = np.zeros(len(rows), bool)
-    if config.other_half is not None:
-        heard_by_other = find_heard(config.other_half, scorer.dataset)
-        if heard is None or heard_by_other is None:
-            raise UsageError(
-                f"--other_half needs two models of runs on {config.data_dir}: which clips they heard is read from the "
-                "environment.json and drop_list.csv beside them"
-            )
-        is_left = heard & ~heard_by_other
-        heard = heard & heard_by_other
+    heard, is_of_other = divide_among_models(config, scorer.dataset)
     scorer.status.by_first(accelerator.is_main_process, lambda: make_folder(folder))
     with TextSpool() as spool:
         with scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY):
-            measures = scorer.measure(rows[~is_left], spool)
-        if is_left.any():
+            measures = scorer.measure(np.flatnonzero(~is_of_other), spool)
+        if is_of_other.any():
             release_memory()
             other = RankingScorer(replace(config, model_name_or_path=config.other_half), accelerator)
             with other.stop, failing_by_name(OUT_OF_MEMORY_REMEDY):
-                measures = measures.filled_by(other.measure(rows[is_left], spool))
+                measures = measures.filled_by(other.measure(np.flatnonzero(is_of_other), spool))
         spool.collect(accelerator, scorer.status)
         ranking = rank(measures, scorer.speaking, heard)
 
@@ -292,6 +281,24 @@ def rank_train(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -
             say(f"written to {folder}: {RANKING_FILE}, {RANKING_FACTS_FILE}", sys.stdout)
 
         scorer.status.by_first(accelerator.is_main_process, write)
+
+
+def divide_among_models(config: EvaluateConfig, dataset: ShardDataset) -> tuple[np.ndarray | None, np.ndarray]:
+    """Whether a clip is judged by a model that heard it (None: not known), and whether by --other_half, bool [N] each.
+
+    Raises:
+        UsageError: --other_half, and what the two models heard is not known.
+    """
+    heard = find_heard(config.model_name_or_path, dataset)
+    if config.other_half is None:
+        return heard, np.zeros(len(dataset), bool)
+    heard_by_other = find_heard(config.other_half, dataset)
+    if heard is None or heard_by_other is None:
+        raise UsageError(
+            f"--other_half needs two models of runs on {config.data_dir}: which clips they heard is read from the "
+            "environment.json and drop_list.csv beside them"
+        )
+    return heard & heard_by_other, heard & ~heard_by_other
 
 
 def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:

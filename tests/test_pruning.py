@@ -1,6 +1,7 @@
 """--prune_list: which clips a file leaves out, how it is said, and files that are refused."""
 
 import csv
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from conftest import run_command, write_recipe
 from test_selection import make_dataset, select
 
+import pruning
 import train
 from data import ShardDataset
 from errors import UsageError
@@ -138,6 +140,19 @@ def test_halves_have_no_clip_in_common_and_none_is_left(dataset: ShardDataset) -
         rest = select(dataset, train_fraction=share, train_rest=True).rows
         assert sorted([*first, *rest]) == list(range(20))
         assert len(first) == max(1, round(20 * share))
+
+
+def test_promise_6_a_long_list_is_read_into_numbers(tmp_path: Path) -> None:
+    """32 bytes a line and their copies; as Python's own numbers and texts they would take 200."""
+    with (tmp_path / "train_ranking.csv").open("w") as file:
+        file.write("rank,id,score,suggested,seconds\n")
+        file.writelines(f"{line},clips/common_voice_{line}.mp3,1.5,no,4.2\n" for line in range(1, 100_001))
+    tracemalloc.start()
+    listed = pruning._read(tmp_path / "train_ranking.csv", 0.5)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(listed.keys), listed.total, listed.ranks.max()) == (50_000, 100_000, 50_000)
+    assert peak_bytes < 100 * 100_000
 
 
 def test_a_resume_with_another_list_is_refused(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
