@@ -171,9 +171,9 @@ def print_ranking(name: str, rows: list[dict[str, str]], wrong: set[str], facts:
         return
     found = np.count_nonzero(suggested & is_wrong)
     print(
-        f"suggested: {suggested.sum()} clips; precision {found / suggested.sum():.3f} (expected "
+        f"suggested: {suggested.sum()} clips; precision {found / suggested.sum():.3f} (expected at most "
         f"{facts['expected_precision']:.3f}), recall {found / len(wrong):.3f} (expected "
-        f"{facts['expected_recall']:.3f}); about {facts['expected_wrong']:.0f} errors expected"
+        f"{facts['expected_recall']:.3f}); at most {facts['expected_wrong']:.0f} errors expected"
     )
 
 
