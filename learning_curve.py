@@ -279,6 +279,9 @@ def draw(path: Path, metric: str, points: list[Point], curve: Curve, prediction:
     limits = [[max(0.0, rate - low)], [max(0.0, high - rate)]]
     axes.errorbar([prediction.hours], [rate], limits, fmt="s", color="#cc3311", capsize=4, label="prediction, 95 %")
     axes.set(xscale="log", yscale="log", xlabel="hours of training audio", ylabel=f"{metric}, %")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
     try:
