@@ -135,6 +135,9 @@ class RunSettings:
 
     train_fraction: float = 1.0
     """Share of the training utterances to use, drawn by the seed."""
+    train_rest: bool = False
+    """Use the utterances that --train_fraction leaves out: two runs on disjoint parts, each of which can judge what it
+    has not heard (evaluate.py --rank_train --other_half)."""
     max_train_samples: int | None = None
     """Use at most this many training utterances."""
     eval_split: Literal["dev", "train"] = "dev"
@@ -147,6 +150,11 @@ class RunSettings:
     """Longer training clips are left out; dev and test are always scored whole."""
     prune_suspects: bool = False
     """Leave out training clips whose labels per second lie outside the corpus' own range (suspects.csv)."""
+    prune_list: str | None = None
+    """Leave out the training clips of a file: train_ranking.csv of evaluate.py --rank_train (those that it suggests),
+    any table with a column `id`, or a text with an id per line."""
+    prune_fraction: float | None = None
+    """Leave out this share of a train_ranking.csv, the worst, instead of those that it suggests."""
     do_predict: bool = True
     """Score the test split with the best model at the end (and before training, where the head fits)."""
 
@@ -250,6 +258,10 @@ class RunSettings:
                 found.append(f"--{name} is {value}, it must be above 0")
         if not 0 < self.train_fraction <= 1:
             found.append(f"--train_fraction is {self.train_fraction}, it must lie in (0, 1]")
+        if self.train_rest and (self.train_fraction == 1 or self.max_train_samples is not None):
+            found.append("--train_rest needs a --train_fraction below 1, and no --max_train_samples")
+        if self.prune_fraction is not None and not (self.prune_list and 0 < self.prune_fraction < 1):
+            found.append(f"--prune_fraction is {self.prune_fraction}, it must lie in (0, 1) and needs --prune_list")
         if self.max_steps < 1 and self.max_steps != -1:
             found.append(f"--max_steps is {self.max_steps}, give at least 1, or -1 to count epochs")
         if self.min_duration_in_seconds > self.max_duration_in_seconds:
@@ -305,6 +317,12 @@ class EvaluateConfig:
     compare: str | None = None
     """Results of another model on the same split (a folder that evaluate.py wrote), or another model, which is then
     scored too."""
+    rank_train: bool = False
+    """Score all training clips instead of a split, and list them in train_ranking.csv, the most suspect first, for
+    train.py --prune_list."""
+    other_half: str | None = None
+    """Of --rank_train: a model that was trained on the clips that the first was not (train.py --train_fraction 0.5, and
+    the same with --train_rest); each clip is judged by the one that has not heard it."""
     lm: str | None = None
     """Language model (a folder that decoding.py build-lm wrote): its beam search beside the greedy texts."""
     lm_weight: float | None = None
@@ -350,6 +368,12 @@ class EvaluateConfig:
         for name in ("dataloader_num_workers", "beam_workers"):
             found += _worker_errors(name, getattr(self, name))
         found += _beam_errors(self)
+        foreign = ("slices", "compare", "lm", "max_eval_samples")
+        names = [name for name in foreign if getattr(self, name)] + ["unknown"] * (self.unknown != "count")
+        if self.rank_train and names:
+            found.append(f"--{names[0]} does not go with --rank_train, which scores every training clip: leave it out")
+        if self.other_half is not None and not self.rank_train:
+            found.append("--other_half belongs to --rank_train")
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
@@ -404,6 +428,37 @@ class TranscribeConfig:
                 f"({self.stride_length_s:g}) and {MAX_CHUNK_SECONDS:g}"
             )
         found += _beam_errors(self)
+        return found
+
+
+@dataclass(frozen=True)
+class LearningCurveConfig:
+    """Settings of learning_curve.py."""
+
+    positional: ClassVar[str] = "runs"
+
+    runs: list[str] = dataclasses.field(default_factory=list)
+    """Run directories of train.py, finished, which differ in their hours of training audio."""
+    metric: Literal["auto", "test_wer", "eval_wer"] = "auto"
+    """Of the test set or of the dev set; `auto` takes the test set where all runs have scored it."""
+    times_hours: float = 2.0
+    """Predict the error rate at so many times the hours of the largest run."""
+    output: str = "learning_curve.png"
+    """Plot to write."""
+    seed: int = 42
+    """Decides the bootstrap's draws."""
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        if not self.runs:
+            found.append("name the run directories: python learning_curve.py RUN RUN RUN")
+        if not self.times_hours > 1:
+            found.append(f"--times_hours is {self.times_hours:g}, it must be above 1")
+        if not self.output.endswith((".png", ".svg", ".pdf")):
+            found.append(f"--output is {self.output}, it must end with .png, .svg or .pdf")
+        if not 0 <= self.seed < SEED_LIMIT:
+            found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
         return found
 
 

@@ -4,6 +4,7 @@
     python evaluate.py ... --slices gender age accents duration
     python evaluate.py ... --lm lm                                    (a folder that decoding.py build-lm wrote)
     python evaluate.py ... --compare facebook/wav2vec2-large-960h     (or a folder that evaluate.py wrote)
+    python evaluate.py ... --rank_train    (the training clips, the most suspect first, for train.py --prune_list)
     accelerate launch --multi_gpu --num_processes 2 evaluate.py ...   (each utterance is scored once, on one of them)
 
 Writes results.json and utterances.csv (id, reference, hypothesis, errors and the corpus' own columns) into
@@ -47,9 +48,18 @@ from model_scorer import ModelScorer
 from pretrained import find_checkpoint_folder
 from processes import RankStatus, describe_processes, main_first, naming_lost_processes, start_processes
 from progress import say
+from ranking import RankingScorer, describe_ranking, rank, ranking_facts, write_ranking
 from recovery import failing_by_name, release_memory
-from result_layout import COMPARISON_FILE, DROPS_FILE, RESULTS_FILE, UTTERANCES_FILE
+from result_layout import (
+    COMPARISON_FILE,
+    DROPS_FILE,
+    RANKING_FACTS_FILE,
+    RANKING_FILE,
+    RESULTS_FILE,
+    UTTERANCES_FILE,
+)
 from results import (
+    TextSpool,
     Utterances,
     describe_letters,
     print_results,
@@ -82,7 +92,10 @@ def main() -> None:
             check_hosts_agree(status, config)
             named = {"what --compare names": "a model" if other is None else "results"}
             check_same(status, named, "put those results where every host sees them")
-            score_models(config, folder, other, accelerator)
+            if config.rank_train:
+                rank_train(config, folder, accelerator)
+            else:
+                score_models(config, folder, other, accelerator)
     finally:
         end_loaders()
         accelerator.end_training()
@@ -137,8 +150,11 @@ def choose_results_folder(config: EvaluateConfig) -> Path:
     """
     model = Path(config.model_name_or_path)
     beside = model.parent if model.is_dir() else Path()
-    folder = Path(config.output_dir) if config.output_dir else beside / f"evaluation_{config.split}"
+    name = "ranking" if config.rank_train else f"evaluation_{config.split}"
+    folder = Path(config.output_dir) if config.output_dir else beside / name
     known = {RESULTS_FILE, UTTERANCES_FILE, DROPS_FILE, COMPARED_FOLDER, LM_FOLDER, COMPARISON_FILE, REPORT_FILE}
+    if config.rank_train:
+        known = {RANKING_FILE, RANKING_FACTS_FILE}
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder for the results with --output_dir")
     foreign = sorted({path.name for path in folder.iterdir()} - known) if folder.is_dir() else []
@@ -235,6 +251,56 @@ def report_language_model(folder: Path, results: dict[str, object]) -> None:
     say(f"written to {folder / LM_FOLDER}: the same files for these texts, {COMPARISON_FILE}", sys.stdout)
 
 
+def rank_train(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> None:
+    """All training clips, each scored by one model: train_ranking.csv, train_ranking.json and the screen.
+
+    Raises:
+        UsageError: --other_half and the model are not of runs on this very data.
+    """
+    scorer = RankingScorer(config, accelerator)
+    heard, is_of_other = divide_among_models(config, scorer.dataset)
+    scorer.status.by_first(accelerator.is_main_process, lambda: make_folder(folder))
+    with TextSpool() as spool:
+        with scorer.stop, failing_by_name(OUT_OF_MEMORY_REMEDY):
+            measures = scorer.measure(np.flatnonzero(~is_of_other), spool)
+        if is_of_other.any():
+            release_memory()
+            other = RankingScorer(replace(config, model_name_or_path=config.other_half), accelerator)
+            with other.stop, failing_by_name(OUT_OF_MEMORY_REMEDY):
+                measures = measures.filled_by(other.measure(np.flatnonzero(is_of_other), spool))
+        spool.collect(accelerator, scorer.status)
+        ranking = rank(measures, scorer.speaking, heard)
+
+        def write() -> None:
+            models = {"model": config.model_name_or_path, "other_half": config.other_half}
+            facts = models | {"data_fingerprint": scorer.dataset.fingerprint} | ranking_facts(ranking)
+            (folder / RANKING_FACTS_FILE).unlink(missing_ok=True)  # It says that the table is complete.
+            write_ranking(folder / RANKING_FILE, scorer.dataset, ranking, spool)
+            write_atomically(folder / RANKING_FACTS_FILE, json.dumps(facts, indent=1))
+            say("\n".join(describe_ranking(facts, folder / RANKING_FILE)), sys.stdout)
+            say(f"written to {folder}: {RANKING_FILE}, {RANKING_FACTS_FILE}", sys.stdout)
+
+        scorer.status.by_first(accelerator.is_main_process, write)
+
+
+def divide_among_models(config: EvaluateConfig, dataset: ShardDataset) -> tuple[np.ndarray | None, np.ndarray]:
+    """Whether a clip is judged by a model that heard it (None: not known), and whether by --other_half, bool [N] each.
+
+    Raises:
+        UsageError: --other_half, and what the two models heard is not known.
+    """
+    heard = find_heard(config.model_name_or_path, dataset)
+    if config.other_half is None:
+        return heard, np.zeros(len(dataset), bool)
+    heard_by_other = find_heard(config.other_half, dataset)
+    if heard is None or heard_by_other is None:
+        raise UsageError(
+            f"--other_half needs two models of runs on {config.data_dir}: which clips they heard is read from the "
+            "environment.json and drop_list.csv beside them"
+        )
+    return heard & heard_by_other, heard & ~heard_by_other
+
+
 def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:
     """Voices and sentences that the model has heard, and how that is known.
 
@@ -244,14 +310,20 @@ def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:
     train = Path(config.data_dir) / "train"
     if config.split == "train" or not has_utterances(train):
         return None, ""
-    dataset, run = ShardDataset(train), Path(config.model_name_or_path).parent
+    dataset = ShardDataset(train)
+    heard = find_heard(config.model_name_or_path, dataset)
+    return (Trained.of(dataset), "data") if heard is None else (Trained.of(dataset, heard), "run")
+
+
+def find_heard(model: str, dataset: ShardDataset) -> np.ndarray | None:
+    """Which training clips a model was trained on, bool [N]; None where it lies in no run on this very data."""
+    run = Path(model).parent
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((run / "environment.json").read_text())["data_fingerprint"] == dataset.fingerprint:
             with (run / "drop_list.csv").open(encoding="utf-8", newline="") as file:
                 dropped = {row["id"] for row in csv.DictReader(file)}
-            heard = np.fromiter((name not in dropped for name in dataset.column("id")), bool)
-            return Trained.of(dataset, heard), "run"
-    return Trained.of(dataset), "data"
+            return np.fromiter((name not in dropped for name in dataset.column("id")), bool)
+    return None
 
 
 def make_results(

@@ -7,6 +7,12 @@ UTTERANCES_FILE = "utterances.csv"
 RESULTS_FILE = "results.json"
 DROPS_FILE = "drop_list.csv"
 COMPARISON_FILE = "comparison.json"
+# Of evaluate.py --rank_train.
+RANKING_FILE, RANKING_FACTS_FILE = "train_ranking.csv", "train_ranking.json"
+RANKING_COLUMNS = (
+    *("rank", "id", "score", "suggested", "heard", "ctc_loss_per_label", "best_path_agreement", "labels_per_second"),
+    *("rate_deviation", "seconds", "reference", "hypothesis"),
+)
 TEXT_COLUMNS = ("id", "reference", "hypothesis", "seconds", "speaker")
 # Of each utterance: its word errors, then its character errors.
 COUNT_COLUMNS = tuple(

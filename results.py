@@ -42,7 +42,7 @@ TEXTS_PER_GATHER = 10_000
 
 
 class TextSpool:
-    """References and hypotheses on the disk until all are there, since they come longest clip first."""
+    """Texts of each row on the disk until all are there, since they come longest clip first: reference, hypothesis."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed with the spool
@@ -54,11 +54,11 @@ class TextSpool:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, row: int, reference: str, hypothesis: str) -> None:
+    def add(self, row: int, *texts: str) -> None:
         """Keep one utterance's texts."""
         self._rows.append(row)
         self._places.append(self._file.seek(0, io.SEEK_END))
-        data = json.dumps([reference, hypothesis]).encode() + b"\n"
+        data = json.dumps(texts).encode() + b"\n"
         with reporting_disk_errors(Path(tempfile.gettempdir()), len(data)):
             self._file.write(data)
 
@@ -77,10 +77,16 @@ class TextSpool:
 
     def sorted(self) -> Iterator[tuple[int, str, str]]:
         """(row, reference, hypothesis) by row."""
-        for index in np.argsort(np.asarray(self._rows), kind="stable"):
+        yield from self.in_order(np.sort(np.asarray(self._rows)))
+
+    def in_order(self, rows: np.ndarray) -> Iterator[tuple[int, ...]]:
+        """(row, its texts) in the order of `rows`, all of which were added."""
+        held = np.asarray(self._rows)
+        by_row = np.argsort(held, kind="stable")
+        for index in by_row[np.searchsorted(held[by_row], rows)].tolist():
             yield self._rows[index], *self._read(self._places[index])
 
-    def _read(self, place: int) -> tuple[str, str]:
+    def _read(self, place: int) -> tuple[str, ...]:
         self._file.seek(place)
         return tuple(json.loads(self._file.readline()))
 

@@ -611,6 +611,7 @@ class Run(Assembly):
             "train_loss": sums["loss"] / max(sums["labels"], 1),
             "train_runtime": sums["seconds"],
             "train_samples": len(self.plan.rows),
+            "train_hours": float(self.plan.num_samples.sum(dtype=np.int64)) / SAMPLE_RATE_HZ / 3600,
             "train_samples_per_second": sums["utterances"] / max(sums["seconds"], 1e-9),
             "train_steps_per_second": state.step / max(sums["seconds"], 1e-9),
             "metric_for_best_model": self.config.metric_for_best_model,

@@ -18,6 +18,7 @@ from data import ShardDataset
 from findings import Finding
 from model import num_frames
 from overlap import Overlap
+from pruning import find_pruned
 from transcripts import TextFacts
 
 # What helps when a rule has left nothing to train on.
@@ -29,6 +30,7 @@ REMEDIES = {
     "audio_in_dev": "prepare a corpus whose splits do not share clips",
     "audio_in_test": "prepare a corpus whose splits do not share clips",
     "suspect_rate": "leave out --prune_suspects",
+    "prune_list": "list fewer clips in --prune_list, or lower --prune_fraction",
 }
 # A speaking rate this many robust standard deviations from the corpus' median is suspect: in a normal distribution one
 # utterance in 15,000, and the tails of real corpora are mostly wrong transcripts and cut-off clips.
@@ -94,8 +96,10 @@ def select_training_rows(
     """
     frames = num_frames(dataset.num_samples.astype(np.int64), hf_config.conv_kernel, hf_config.conv_stride)
     usable = (texts.num_labels > 0) & (frames >= np.maximum(texts.required_frames, 1))
-    speaking = _measure_speaking(dataset, texts.num_labels, usable)
+    speaking = measure_speaking(dataset, texts.num_labels, usable)
+    pruned = find_pruned(dataset, config)
     rules = _rules(dataset, config, texts, overlap, frames, usable, speaking)
+    rules |= {} if pruned is None else {"prune_list": (pruned.rows, pruned.detail)}
     reasons = np.zeros(len(dataset), np.int8)
     for code, (rows, _) in enumerate(rules.values(), 1):
         reasons[rows & (reasons == 0)] = code
@@ -109,18 +113,27 @@ def select_training_rows(
         _count_finding(len(dataset), len(subset), _count_drops(reasons, list(details))),
         _alignment_finding(dataset, reasons, list(details), frames[subset], hf_config),
         _suspect_finding(dataset, is_suspect_here, speaking, config.prune_suspects),
+        *([] if pruned is None else [pruned.finding]),
     )
     return Selection(subset, texts.num_labels[subset], reasons, details, speaking.suspects, findings)
 
 
 @dataclass(frozen=True)
-class _Speaking:
-    """Labels per second of each utterance, [N], the corpus' own range of them, and who lies outside, bool [N]."""
+class Speaking:
+    """Labels per second of each utterance, [N], and the corpus' own range of them.
+
+    Attributes:
+        rates: labels per second, without the silence at both ends.
+        slowest, fastest: limits of the range.
+        suspects: who lies outside, bool.
+        deviations: of the logarithms from their median, in robust standard deviations; NaN where there is no range.
+    """
 
     rates: np.ndarray
     slowest: float
     fastest: float
     suspects: np.ndarray
+    deviations: np.ndarray
 
 
 def _rules(
@@ -130,7 +143,7 @@ def _rules(
     overlap: Overlap,
     frames: np.ndarray,
     usable: np.ndarray,
-    speaking: _Speaking,
+    speaking: Speaking,
 ) -> dict[str, tuple[np.ndarray, Callable[[int], str]]]:
     """By reason the rows that it leaves out, bool [N], and a row's numbers in words.
 
@@ -188,7 +201,7 @@ def _count_drops(reasons: np.ndarray, names: list[str]) -> Counter[str]:
     return Counter({name: int(count) for name, count in zip(names, counts, strict=True) if count})
 
 
-def _measure_speaking(dataset: ShardDataset, num_labels: np.ndarray, usable: np.ndarray) -> _Speaking:
+def measure_speaking(dataset: ShardDataset, num_labels: np.ndarray, usable: np.ndarray) -> Speaking:
     """Labels per second without the silence at both ends, and the corpus' own robust range of them.
 
     The range is the median of the logarithms, more or less SUSPECT_DEVIATIONS robust standard deviations: rates are
@@ -198,13 +211,15 @@ def _measure_speaking(dataset: ShardDataset, num_labels: np.ndarray, usable: np.
     spoken = np.maximum(dataset.num_samples / SAMPLE_RATE_HZ - silence, 1 / SAMPLE_RATE_HZ)
     rates = num_labels / spoken
     if np.count_nonzero(usable) < MIN_UTTERANCES_FOR_RANGE:
-        return _Speaking(rates, 0.0, np.inf, np.zeros(len(rates), bool))
+        return Speaking(rates, 0.0, np.inf, np.zeros(len(rates), bool), np.full(len(rates), np.nan))
     logarithms = np.log(rates[usable])
     median = np.median(logarithms)
     deviation = max(MAD_TO_DEVIATION * np.median(np.abs(logarithms - median)), MIN_LOG_DEVIATION)
     reach = SUSPECT_DEVIATIONS * deviation
     slowest, fastest = float(np.exp(median - reach)), float(np.exp(median + reach))
-    return _Speaking(rates, slowest, fastest, usable & ((rates < slowest) | (rates > fastest)))
+    deviations = np.full(len(rates), np.nan)
+    deviations[usable] = (logarithms - median) / deviation
+    return Speaking(rates, slowest, fastest, usable & ((rates < slowest) | (rates > fastest)), deviations)
 
 
 def _count_finding(total: int, kept: int, drops: Counter[str]) -> Finding:
@@ -237,7 +252,7 @@ def _alignment_finding(
     return Finding("alignment", "; ".join(parts), facts=facts)
 
 
-def _suspect_finding(dataset: ShardDataset, suspects: np.ndarray, speaking: _Speaking, pruned: bool) -> Finding:
+def _suspect_finding(dataset: ShardDataset, suspects: np.ndarray, speaking: Speaking, pruned: bool) -> Finding:
     rows, slowest, fastest = np.flatnonzero(suspects), speaking.slowest, speaking.fastest
     if not np.isfinite(fastest):
         return Finding("speaking rate", f"not judged, fewer than {MIN_UTTERANCES_FOR_RANGE} clips")
@@ -262,5 +277,5 @@ def _draw_subset(rows: np.ndarray, config: TrainConfig) -> np.ndarray:
     wanted = max(1, round(len(rows) * config.train_fraction)) if len(rows) else 0
     if config.max_train_samples is not None:
         wanted = min(wanted, config.max_train_samples)
-    chosen = np.random.default_rng([config.seed, 1]).permutation(len(rows))[:wanted]
-    return np.sort(rows[chosen])
+    order = np.random.default_rng([config.seed, 1]).permutation(len(rows))
+    return np.sort(rows[order[wanted:] if config.train_rest else order[:wanted]])

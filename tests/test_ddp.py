@@ -806,6 +806,26 @@ def test_promise_2_evaluation_by_two_processes_is_that_of_one(
 
 
 @pytest.mark.slow
+def test_promise_2_a_ranking_by_two_processes_is_that_of_one(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """The same files byte for byte, by one model and by two halves."""
+    halves = []
+    for name, settings in (("a", {}), ("b", {"train_rest": True})):
+        recipe = write_recipe(
+            tmp_path / f"{name}.yaml", prepared, model_config=TINY_GROUP_NORM_MODEL | TALKATIVE, max_steps=2,
+            do_predict=False, train_fraction=0.5, **settings,
+        )  # fmt: skip
+        halves.append(run_ranks(1, name, "--config", recipe).run_dir / "model")
+    for name, flags in (("one", ()), ("both", ("--other_half", halves[1]))):
+        settings = ("--model_name_or_path", halves[0], "--data_dir", prepared, "--rank_train", *flags)
+        settings += ("--per_device_eval_batch_size", 2)
+        folders = [run_ranks(count, f"{name}_{count}", *settings, program="evaluate").run_dir for count in (1, 2)]
+        for file in ("train_ranking.csv", "train_ranking.json"):
+            assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
+
+
+@pytest.mark.slow
 def test_promise_2_beam_search_by_two_processes_is_that_of_one(
     prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks], monkeypatch: pytest.MonkeyPatch
 ) -> None:
