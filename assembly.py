@@ -88,6 +88,13 @@ class Assembly:
         check_same_on_all_ranks(self.accelerator, self.model)
         if asks_for_sharding():
             shard(self.model, self.accelerator)
+        masks = getattr(self.hf_config, "apply_spec_augment", True)
+        masks = masks and (self.hf_config.mask_time_prob > 0 or self.hf_config.mask_feature_prob > 0)
+        if config.consistency_weight > 0 and not masks:
+            raise UsageError(
+                "--consistency_weight compares two differently masked views, and nothing is masked: set "
+                "--mask_time_prob, 0.1 or more"
+            )
         self.objective = Objective(config.label_smoothing, config.consistency_weight)
         head_lr_scale = (config.head_learning_rate or config.learning_rate) / config.learning_rate
         groups = optimizer_groups(self.model, config.weight_decay, config.layer_lr_decay, head_lr_scale)
@@ -201,9 +208,9 @@ class Assembly:
 
     @property
     def training_lengths(self) -> np.ndarray:
-        """The most samples that each training utterance can have, [N], augmented ones included."""
+        """Samples that training utterances can have: [N], or where augmentation changes them N for each way."""
         augmenter = self.collate.augmenter
-        return self.plan.num_samples if augmenter is None else augmenter.longest(self.plan.num_samples)
+        return self.plan.num_samples if augmenter is None else augmenter.possible_lengths(self.plan.num_samples)
 
     def _train_pass(self, batch: Batch) -> None:
         self.model.train()

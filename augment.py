@@ -204,9 +204,10 @@ class Augmenter:
         """Of the recordings that are drawn from."""
         return self.noises.fingerprint + self.rooms.fingerprint
 
-    def longest(self, num_samples: np.ndarray) -> np.ndarray:
-        """The most that utterances of these lengths can become, [N]."""
-        return speed_length(num_samples, min([1.0, *self.settings.augment_speed]))
+    def possible_lengths(self, num_samples: np.ndarray) -> np.ndarray:
+        """What utterances of these lengths can become, all of them at each factor, one behind the other."""
+        factors = dict.fromkeys([1.0, *self.settings.augment_speed])
+        return np.concatenate([speed_length(num_samples, factor) for factor in factors])
 
     def speeds(self, rows: np.ndarray, epoch: int, copies: np.ndarray) -> np.ndarray:
         """The factor of each utterance, [N]; 1 where fewer frames would be left than CTC needs."""
@@ -243,47 +244,50 @@ class Augmenter:
             if is_on:
                 rng = self._generator(row, epoch, copy, stream)
                 if rng.random() < share:
-                    signal_S = change(signal_S, rng)
+                    signal_S = change(signal_S, row, rng)
         return signal_S
 
     def _generator(self, row: int, epoch: int, copy: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, epoch, int(row), int(copy), stream])
 
-    def _reverberate(self, signal_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _reverberate(self, signal_S: np.ndarray, _: int, rng: np.random.Generator) -> np.ndarray:
         room = self.rooms.draw(rng)
         if isinstance(room, Path):
             return reverberate(signal_S, _read_part(room, round(MAX_RESPONSE_SECONDS * SAMPLE_RATE_HZ)))
         seconds = rng.uniform(*self.settings.augment_reverb_seconds)
         return reverberate(signal_S, simulate_response(seconds, rng.uniform(*DIRECT_TO_REVERBERANT_DB), rng))
 
-    def _add_noise(self, signal_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _add_noise(self, signal_S: np.ndarray, row: int, rng: np.random.Generator) -> np.ndarray:
         snr_db = rng.uniform(*self.settings.augment_noise_snr_db)
         source = self.noises.draw(rng)
         if isinstance(source, Path):
             noise_S = _read_part(source, len(signal_S), rng)
         elif source == "babble":
-            noise_S = self._babble(len(signal_S), rng)
+            noise_S = self._babble(len(signal_S), row, rng)
         else:
             noise_S = (white_noise if source == "white" else pink_noise)(len(signal_S), rng)
         return add_noise(signal_S, noise_S, snr_db)
 
-    def _babble(self, num_samples: int, rng: np.random.Generator) -> np.ndarray:
+    def _babble(self, num_samples: int, row: int, rng: np.random.Generator) -> np.ndarray:
         """Other utterances of the training set at once, each at the same power, repeated where too short."""
         noise_S = np.zeros(num_samples, np.float32)
-        for row in rng.choice(self.rows, rng.integers(BABBLE_VOICES[0], BABBLE_VOICES[1] + 1)):
-            voice_S = self.dataset[int(row)].audio.astype(np.float32) * np.float32(INT16_STEP)
+        # One more than are wanted, for the utterance itself may be among them.
+        count = int(rng.integers(BABBLE_VOICES[0], BABBLE_VOICES[1] + 1))
+        drawn = self.rows[rng.integers(len(self.rows), size=count + 1)]
+        for other in drawn[drawn != row][:count]:
+            voice_S = self.dataset[int(other)].audio.astype(np.float32) * np.float32(INT16_STEP)
             voice_S = _fill(voice_S, num_samples, rng)
             noise_S += voice_S / max(float(np.sqrt(np.dot(voice_S, voice_S))), 1e-6)
         return noise_S
 
-    def _limit_band(self, signal_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _limit_band(self, signal_S: np.ndarray, _: int, rng: np.random.Generator) -> np.ndarray:
         return limit_band(signal_S, rng.uniform(*self.settings.augment_band_hz))
 
-    def _move_volume(self, signal_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _move_volume(self, signal_S: np.ndarray, _: int, rng: np.random.Generator) -> np.ndarray:
         reach = self.settings.augment_volume_db
         return move_volume(signal_S, rng.uniform(-reach, reach), rng.uniform(-reach, reach))
 
-    def _cut_gaps(self, signal_S: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _cut_gaps(self, signal_S: np.ndarray, _: int, rng: np.random.Generator) -> np.ndarray:
         gaps, longest = [], self.settings.augment_gap_seconds * SAMPLE_RATE_HZ
         for _ in range(-(-len(signal_S) // round(SECONDS_PER_GAP * SAMPLE_RATE_HZ))):
             start = int(rng.integers(len(signal_S)))

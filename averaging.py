@@ -1,5 +1,5 @@
 """Two means of weights: the moving average along a run (--ema_decay), and that of its best evaluations
-(--average_best), whose weights lie in RUN/average/ until the end of the run.
+(--average_best), whose weights lie in RUN/average/.
 """
 
 import contextlib

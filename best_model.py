@@ -135,7 +135,8 @@ class BestModel:
             return None
         is_hopeless = figures["eval_wer"] >= HOPELESS_WER
         (said_normal,) = run.status.worst(int(is_normal))
-        is_excused = state.step <= run.schedule.warmup_steps or (is_hopeless and bool(said_normal))
+        is_beginning = state.step <= max(run.schedule.warmup_steps, config.freeze_encoder_steps)
+        is_excused = is_beginning or (is_hopeless and bool(said_normal))
         patience, metric = Patience(**state.patience), config.metric_for_best_model
         threshold, value = config.early_stopping_threshold, figures[metric]
         patience.judge(state.step, value, threshold, figures["eval_loss"], is_hopeless, is_excused)
@@ -226,6 +227,8 @@ class BestModel:
                 f"step {run.state.best_step} alone: {'it becomes model/' if is_kept else 'model/ stays as it is'}",
                 flush=True,
             )
+        if is_kept:
+            results |= run.describe_sets(run.eval_breakdown.score(evaluation.counts))
         return results | {"average_of_steps": self.averaged_steps, "kept": "average" if is_kept else "best"}
 
     def figures_of_model(self, results: Mapping[str, object]) -> dict[str, object]:

@@ -20,7 +20,7 @@ from coverage import commonest
 from data import ShardDataset
 from findings import percent
 from integrity import read_sealed
-from joined import members, name_sets
+from joined import CORPUS, members, name_sets
 from levers import METRICS
 from sampling import GROUPS_SHOWN
 from scoring import limits_of
@@ -204,10 +204,14 @@ def _sampled(run: "Run") -> list[str]:
     if run.sampling is None:
         return []
     columns = ["set", run.sampling.column, "utterances", "hours", "drawn per epoch"]
+    # Groups of people, and whatever else a corpus says of them, are only counted: the card is made to be published.
     rows = [
-        [one.corpus or "all", one.name, f"{one.num_clips:,}", f"{one.hours:.2f}", f"{one.draws:,}"]
-        for one in run.sampling.groups[:GROUPS_SHOWN]
-    ]
+        [
+            one.corpus or "all", one.name if run.sampling.column == CORPUS else f"group {number}",
+            f"{one.num_clips:,}", f"{one.hours:.2f}", f"{one.draws:,}",
+        ]
+        for number, one in enumerate(run.sampling.groups[:GROUPS_SHOWN], 1)
+    ]  # fmt: skip
     more = len(run.sampling.groups) - len(rows)
     return ["What an epoch draws:" + (f" ({more:,} more groups)" if more else ""), _table(columns, rows)]
 

@@ -207,10 +207,12 @@ def restore_optimizer(
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     own_groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    saved_groups = [group["params"] for group in state["param_groups"]]
-    if own_groups != saved_groups:
-        own, saved = ({name for group in groups for name in group} for groups in (own_groups, saved_groups))
-        different = sorted(own ^ saved)[:3] or ["their order"]
+    own, saved = (
+        {name for group in groups for name in group}
+        for groups in (own_groups, [group["params"] for group in state["param_groups"]])
+    )
+    if own != saved:
+        different = sorted(own ^ saved)[:3]
         raise UsageError(
             f"the checkpoint trains {len(saved)} parameters and this run {len(own)}; they differ in "
             f"{', '.join(different)}: resume with the model settings that the run began with"
@@ -223,8 +225,8 @@ def restore_optimizer(
             key, _, name = rest.partition(".")
             # A copy: loaded tensors are mapped from the checkpoint's file, which retention will delete.
             entries.setdefault(indices[name], {})[key] = like(tensor.clone(), parameters[name])
-    groups = [{**group, "params": [indices[name] for name in group["params"]]} for group in state["param_groups"]]
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    # The groups and their settings stay this run's own: what a resume may change (--resume_anyway) counts from now on.
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def check_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> None:

@@ -4,7 +4,8 @@ Evaluations in a row without a gain are counted, and the run ends when there are
 fall of the metric by more than the threshold below its value at the last gain, so that slow progress adds up (as in
 Keras' EarlyStopping, `min_delta`). What is not counted, since it says nothing yet:
 
-- an evaluation inside the warm-up, which ends with update `warmup_steps`;
+- an evaluation inside the warm-up, which ends with update `warmup_steps`, or before the encoder thaws
+  (`freeze_encoder_steps`);
 - one whose WER is still at 1.0 (`diagnosis.HOPELESS_WER`) while diagnosis.py calls that normal: on its way down to the
   plateau, on the plateau for no longer than plateaus last, or leaving it;
 - one whose WER is still at 1.0 while the dev loss goes on falling: words come last.

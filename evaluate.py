@@ -320,6 +320,10 @@ def find_heard(model: str, dataset: ShardDataset) -> np.ndarray | None:
     run = Path(model).parent
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((run / "environment.json").read_text())["data_fingerprint"] == dataset.fingerprint:
+            # The list is that of the settings that a resume changed to; what was heard before them it does not say.
+            results = run / "train_results.json"
+            if results.is_file() and "resumed_anyway" in json.loads(results.read_text()):
+                return None
             with (run / "drop_list.csv").open(encoding="utf-8", newline="") as file:
                 dropped = {row["id"] for row in csv.DictReader(file)}
             return np.fromiter((name not in dropped for name in dataset.column("id")), bool)

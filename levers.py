@@ -5,6 +5,7 @@ Each group is a part of TrainConfig: its fields are flags and YAML keys of their
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 # Names of the encoder's configuration in transformers that are flags here, with the largest value that makes sense.
@@ -86,7 +87,9 @@ class Augmentation:
         }
         for name, (lowest, highest) in limits.items():
             value = getattr(self, name)
-            if value and (len(value) != 2 or not lowest <= value[0] <= value[1] <= highest):
+            if not value and name == "augment_band_hz":
+                continue
+            if len(value) != 2 or not lowest <= value[0] <= value[1] <= highest:
                 found.append(
                     f"--{name} is {' '.join(f'{one:g}' for one in value)}, two rising numbers within {lowest:g} .. "
                     f"{highest:g} are needed"
@@ -98,7 +101,21 @@ class Augmentation:
         for name in ("augment_volume_db", "augment_gap_seconds"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} is {getattr(self, name):g}, it cannot be negative")
-        return found
+        return found + self._idle_errors()
+
+    def _idle_errors(self) -> list[str]:
+        """Details of a change that is not asked for: they would do nothing, without a word."""
+        default = Augmentation()
+        owners = {"reverb": "reverb", "noise": "noise", "band": "band_hz", "gap": "gap_seconds"}
+        details = {name: [f"augment_{name}_probability"] for name in owners}
+        details["reverb"].append("augment_reverb_seconds")
+        details["noise"].append("augment_noise_snr_db")
+        return [
+            f"--{detail} does nothing without --augment_{owner}"
+            for name, owner in owners.items()
+            for detail in details[name]
+            if not getattr(self, f"augment_{owner}") and getattr(self, detail) != getattr(default, detail)
+        ]
 
 
 @dataclass(frozen=True)
@@ -272,7 +289,10 @@ def describe(config: object) -> str:
         for field in dataclasses.fields(part):
             value = getattr(config, field.name)
             if value != getattr(default, field.name) and field.name not in ALWAYS_SAID:
-                said.append(f"{field.name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+                values = value if isinstance(value, list) else [value]
+                # Of a folder of recordings the last name alone: a path may tell more than its owner wants to publish.
+                values = [Path(one).name if isinstance(one, str) else str(one) for one in values]
+                said.append(f"{field.name} {' '.join(values)}")
     return ", ".join(said)
 
 

@@ -127,15 +127,17 @@ def ctc_loss_sum(
 
 
 def smoothing_sum(logits_BTV: Tensor, frame_lengths_B: Tensor) -> Tensor:
-    """Divergence of the uniform distribution from each frame's, KL(uniform || p_t) in nats, summed over the frames.
+    """Divergence of each frame's distribution from the uniform one, KL(p_t || uniform) in nats, summed over the frames.
 
-    Label smoothing for CTC: Kim, Seltzer, Li and Zhao, https://arxiv.org/abs/1711.02212.
+    Label smoothing for CTC: Kim, Seltzer, Li and Zhao, https://arxiv.org/abs/1711.02212. It is log V less the entropy
+    of the frame, so at most log V.
 
     Returns:
         kl_B, fp32.
     """
     log_probs_BTV = _log_probs(logits_BTV)
-    return _over_valid_frames(-math.log(log_probs_BTV.shape[-1]) - log_probs_BTV.mean(dim=-1), frame_lengths_B)
+    kl_BT = (log_probs_BTV.exp() * log_probs_BTV).sum(dim=-1) + math.log(log_probs_BTV.shape[-1])
+    return sum_over_valid_frames(kl_BT, frame_lengths_B)
 
 
 def consistency_sum(one_BTV: Tensor, other_BTV: Tensor, frame_lengths_B: Tensor) -> Tensor:
@@ -149,7 +151,7 @@ def consistency_sum(one_BTV: Tensor, other_BTV: Tensor, frame_lengths_B: Tensor)
     """
     one_BTV, other_BTV = _log_probs(one_BTV), _log_probs(other_BTV)
     kl_BTV = _kl(other_BTV.detach(), one_BTV) + _kl(one_BTV.detach(), other_BTV)
-    return _over_valid_frames(0.5 * kl_BTV.sum(dim=-1), frame_lengths_B)
+    return sum_over_valid_frames(0.5 * kl_BTV.sum(dim=-1), frame_lengths_B)
 
 
 def _log_probs(logits_BTV: Tensor) -> Tensor:
@@ -161,7 +163,8 @@ def _kl(target_BTV: Tensor, log_probs_BTV: Tensor) -> Tensor:
     return F.kl_div(log_probs_BTV, target_BTV, reduction="none", log_target=True)
 
 
-def _over_valid_frames(value_BT: Tensor, frame_lengths_B: Tensor) -> Tensor:
+def sum_over_valid_frames(value_BT: Tensor, frame_lengths_B: Tensor) -> Tensor:
+    """Of each row its first `frame_lengths_B` values."""
     return value_BT.masked_fill(~_valid(frame_lengths_B, value_BT.shape[1], value_BT.device), 0.0).sum(dim=1)
 
 

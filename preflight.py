@@ -21,6 +21,7 @@ import launched  # noqa: F401 - before torch
 
 import contextlib
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -194,7 +195,7 @@ def run_checks(assembly: "Assembly") -> Report:
         *check_coverage(assembly.sets, coverages, assembly.normalizer, assembly.vocabulary),
         round_trip,
         *assembly.selection.findings,
-        *check_sampling(assembly.sampling),
+        *check_sampling(assembly.sampling, math.ceil(assembly.total_steps / assembly.plan.updates_per_epoch)),
         *check_audio(assembly.sets),
         *assembly.overlap.findings,
         *check_precision(assembly.accelerator.mixed_precision, assembly.accelerator.device),
@@ -258,7 +259,9 @@ def check_ranks(assembly: "Assembly") -> Finding:
     order, size = plan.epoch_order(0), plan.utterances_per_update
     samples, padded, micro_steps = np.zeros(cut.num_processes), np.zeros(cut.num_processes), 0
     for update in chosen:
-        lengths = plan.num_samples[order[update * size : (update + 1) * size]]
+        positions = order[update * size : (update + 1) * size]
+        rows, copies = plan.rows[positions], np.zeros(len(positions), np.int64)
+        lengths = assembly.collate.lengths(rows, plan.num_samples[positions], 0, copies)
         cuts = cut_update(lengths, cut.num_processes, cut.max_utterances, cut.max_batch_samples)
         micro_steps += len(cuts)
         for of_rank in cuts:

@@ -5,9 +5,10 @@ N: utterances of the training split.
 
 import csv
 import hashlib
+import itertools
 import math
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from corpora import ID_COLUMNS
 from data import ShardDataset
 from errors import UsageError
 from findings import Finding
+from joined import JoinedDataset
 
 # A ranking rounds seconds to a thousandth.
 SECONDS_TOLERANCE = 0.0011
@@ -74,14 +76,20 @@ def find_pruned(dataset: ShardDataset, config: TrainConfig) -> Pruned | None:
     if not len(listed.keys):  # A ranking that suggests nothing, or a share of it below half a clip.
         return Pruned(np.zeros(len(dataset), bool), lambda row: path.name, _finding(path, 0, 0, listed.total))
     order = np.argsort(listed.keys, kind="stable")
-    keys = np.fromiter(map(_key, dataset.column("id")), np.uint64, len(dataset))
-    place = np.minimum(np.searchsorted(listed.keys[order], keys), len(order) - 1)
-    line = order[place]
-    rows = listed.keys[line] == keys
+    rows, line = _match(listed.keys, order, dataset.column("id"), len(dataset))
+    if not rows.any() and isinstance(dataset, JoinedDataset):
+        # A ranking of one of the sets has its ids without its name.
+        own_ids = itertools.chain.from_iterable(one.column("id") for one in dataset.members)
+        rows, line = _match(listed.keys, order, own_ids, len(dataset))
+        if len(np.unique(dataset.sets_of(np.flatnonzero(rows)))) > 1:
+            raise UsageError(
+                f"--prune_list {path}: its ids are those of clips in several sets: write them as SET/id, as in "
+                "drop_list.csv"
+            )
     if not rows.any():
         raise UsageError(
             f"--prune_list {path}: none of its {len(order):,} ids is in {dataset.folder}; they must be written as "
-            "in its column `id`, which train_ranking.csv and drop_list.csv show"
+            "in its column `id`, which drop_list.csv shows"
         )
     _check_seconds(path, dataset, rows, listed.seconds[line])
 
@@ -92,6 +100,13 @@ def find_pruned(dataset: ShardDataset, config: TrainConfig) -> Pruned | None:
         )
 
     return Pruned(rows, detail, _finding(path, int(rows.sum()), len(np.unique(listed.keys)), listed.total))
+
+
+def _match(keys: np.ndarray, order: np.ndarray, ids: Iterable[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `ids` are listed, bool [N], and the place in the list of each, [N]."""
+    own = np.fromiter(map(_key, ids), np.uint64, count)
+    line = order[np.minimum(np.searchsorted(keys[order], own), len(order) - 1)]
+    return keys[line] == own, line
 
 
 def _check_seconds(path: Path, dataset: ShardDataset, rows: np.ndarray, listed_seconds: np.ndarray) -> None:

@@ -38,11 +38,11 @@ from config import EvaluateConfig
 from data import Batch, ShardDataset
 from errors import RunFailed
 from metrics import TextScore
-from model import ctc_loss_sum, num_frames
+from model import ctc_loss_sum, num_frames, sum_over_valid_frames
 from model_scorer import ModelScorer
 from result_layout import COUNT_COLUMNS, RANKING_COLUMNS
 from results import TextSpool
-from scoring import evaluate
+from scoring import evaluate, sum_counts
 from selection import Speaking, measure_speaking
 from text import required_frames
 
@@ -158,7 +158,7 @@ class RankingScorer(ModelScorer):
                 spool.add(row, utterance_id, reference, text.hypothesis)
 
         evaluation = evaluate(self, self.dataset, rows, "ranking train", see)
-        losses = _sum_over_processes(self.accelerator, self.losses)
+        losses = sum_counts(self.accelerator, self.losses)
         if not np.isfinite(losses[rows, :STRANGER]).all():
             row = int(rows[np.flatnonzero(~np.isfinite(losses[rows, :STRANGER]).all(1))[0]])
             raise RunFailed(f"the model's output for {self.dataset[row].id} is not finite: rank with another model")
@@ -207,9 +207,7 @@ def best_path_loss(logits_BTV: torch.Tensor, frame_lengths_B: torch.Tensor) -> t
     """-log of the probability of the best path of each row, best_B in nats, fp32."""
     with torch.autocast(logits_BTV.device.type, enabled=False):
         best_BT = logits_BTV.float().log_softmax(dim=-1).amax(dim=-1)
-    frames_T = torch.arange(best_BT.shape[1], device=best_BT.device)
-    is_padding = frames_T >= frame_lengths_B.to(best_BT.device)[:, None]
-    return -best_BT.masked_fill(is_padding, 0.0).sum(dim=1)
+    return -sum_over_valid_frames(best_BT, frame_lengths_B)
 
 
 def rank(measures: ClipMeasures, speaking: Speaking, heard: np.ndarray | None) -> Ranking:
@@ -341,13 +339,6 @@ def _agreement(counts: np.ndarray) -> np.ndarray:
     kept = substitutions + counts[:, CHARACTER_HITS]
     longer = kept + np.maximum(insertions, deletions)
     return 1 - (insertions + deletions + substitutions) / np.maximum(longer, 1)
-
-
-def _sum_over_processes(accelerator: Accelerator, losses: np.ndarray) -> np.ndarray:
-    """Each row is filled on one process and zero on the others."""
-    if accelerator.num_processes == 1:
-        return losses
-    return accelerator.reduce(torch.from_numpy(losses).to(accelerator.device), reduction="sum").cpu().numpy()
 
 
 def _yes_or_no(value: bool) -> str:

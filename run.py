@@ -49,7 +49,7 @@ from recovery import Cuts
 from scoring import Evaluation, describe_limits
 from selection import draw_subset
 from sharding import gather_tensors, load_weights
-from slices import Breakdown, describe_slice
+from slices import Breakdown, Slice, describe_slice
 from stopping import StopSignals
 
 SAMPLES_SHOWN = 3
@@ -191,14 +191,18 @@ class Run(Assembly):
         if self.is_main:
             print("\n".join(self._describe(disk)), flush=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            facts = describe_processes(self.accelerator)
-            environment = runlog.describe_environment(Path(__file__).parent, self.train_set.fingerprint, facts)
             _remove_leftovers(self.folder)
-            self._write_config()
-            self._write("environment.json", json.dumps(environment, indent=1))
+            self._describe_run()
             self._open_tables()
-            self._write_sampling()
-            preflight.write_report(self.folder, self.report, self)
+
+    def _describe_run(self) -> None:
+        """The files that say what this run is: settings, machine and data, checks, who trains and how often."""
+        self._write_config()
+        facts = describe_processes(self.accelerator)
+        environment = runlog.describe_environment(Path(__file__).parent, self.train_set.fingerprint, facts)
+        self._write("environment.json", json.dumps(environment, indent=1))
+        self._write_sampling()
+        preflight.write_report(self.folder, self.report, self)
 
     def _write_sampling(self) -> None:
         path = self.folder / sampling.SAMPLING_FILE
@@ -266,6 +270,11 @@ class Run(Assembly):
                 f"{self.folder} is finished (step {self.state.step} of {self.total_steps}{early}): use model/, "
                 "or train into another --output_dir"
             )
+        if self.state.step == self.total_steps and self.state.best_metric is None:
+            raise UsageError(
+                f"{self.checkpoint} is the end of the run, where nothing is evaluated any more by another "
+                "--metric_for_best_model: resume from a checkpoint before it"
+            )
         tensors, saved = checkpoint.load_checkpoint(self.checkpoint)
         weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
         load_weights(self.model, weights)
@@ -291,8 +300,7 @@ class Run(Assembly):
         # The mark of a finished run, which this one is not any more.
         (self.folder / "train_results.json").unlink(missing_ok=True)
         if has_changed:
-            self._write_config()  # --resume_anyway: the next resume is one of the run as it is now.
-            self._write_sampling()
+            self._describe_run()  # --resume_anyway: the next resume is one of the run as it is now.
         recover_folder(self.folder / "model")
         averaging.put_single_back(self.folder)
         averaging.remove_unused(self.folder, self.best.averaged_steps)
@@ -465,8 +473,16 @@ class Run(Assembly):
         trained = None if dataset is self.train_set else self.trained
         return Breakdown.of(dataset, rows, self.texts[dataset.folder.name].num_labels[rows], trained)
 
+    def describe_sets(self, slices: list[Slice]) -> dict[str, list[dict[str, object]]]:
+        """Of an evaluation each of several sets, for train_results.json."""
+        if len(self.config.data_dirs) == 1:
+            return {}
+        names = ("group", "utterances", "wer", "wer_low", "wer_high", "cer")
+        described = [describe_slice(one) for one in slices if one.name == CORPUS]
+        return {"best_eval_sets": [{name: one.get(name) for name in names} for one in described]}
+
     def eval_of_sets(self) -> dict[str, list[dict[str, object]]]:
-        """What eval_slices.csv says of each of several sets at the best step, for train_results.json."""
+        """The same as eval_slices.csv has it at the best step."""
         if len(self.config.data_dirs) == 1:
             return {}
         with self.slices.path.open(encoding="utf-8", newline="") as file:
@@ -500,10 +516,12 @@ class Run(Assembly):
             started_at: reading of time.perf_counter() before them.
             samples: rows for eval_samples.csv.
             progress: to print through.
+
+        The slices are of the better weights, which may become model/.
         """
-        counts = evaluations[TRAINED].counts
-        slices = self.eval_breakdown.score(counts) if self.is_main else []
         figures = {name: figures_of(self, one) for name, one in evaluations.items()}
+        chosen = self.best.choose(figures)
+        slices = self.eval_breakdown.score(evaluations[chosen].counts) if self.is_main else []
         values = self._training_values() if self.state.step else {}
         values |= figures[TRAINED]
         if EMA in figures:
@@ -523,7 +541,6 @@ class Run(Assembly):
         if self.state.step == 0:
             self.state.eval_wer_before = figures[TRAINED]["eval_wer"]
             return
-        chosen = self.best.choose(figures)
         self.best.take(chosen, figures[chosen])
         because = self.best.judge_patience(figures[chosen], is_normal)
         if because and self.is_main:

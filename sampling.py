@@ -95,6 +95,10 @@ class Sampling:
         """Samples of audio that an epoch hears, on average over epochs, of clips with these lengths, [N]."""
         return float((num_samples * (self._draws / self._sizes)[self.codes]).sum())
 
+    def num_unheard(self, num_epochs: int) -> int:
+        """Clips that so many epochs never hear: those of a group take turns, so it is a matter of counting."""
+        return int(np.maximum(self._sizes - num_epochs * self._draws, 0).sum())
+
     @property
     def _sizes(self) -> np.ndarray:
         return np.array([group.num_clips for group in self.groups])
@@ -174,8 +178,8 @@ def describe(sampling: Sampling) -> list[str]:
     return lines + ([f"and {more:,} more groups: {SAMPLING_FILE}"] if more > 0 else [])
 
 
-def check_sampling(sampling: Sampling | None) -> list[Finding]:
-    """A warning where clips are repeated so often that they are learned by heart, or never heard."""
+def check_sampling(sampling: Sampling | None, num_epochs: int) -> list[Finding]:
+    """How many clips the run never hears; a warning where some are repeated until they are known by heart."""
     if sampling is None:
         return []
     most = max(sampling.groups, key=lambda group: group.times_per_clip)
@@ -184,7 +188,12 @@ def check_sampling(sampling: Sampling | None) -> list[Finding]:
         f"by {sampling.column}, {len(sampling.groups):,} groups; most often the {most.num_clips:,} clips of "
         f"{most.label}, {most.times_per_clip:.2f} times an epoch"
     )
-    facts = {"groups": len(sampling.groups), "most_times_per_clip": most.times_per_clip, "unheard": len(unheard)}
+    clips = sampling.num_unheard(num_epochs)
+    result += f"; {clips:,} clips are never heard in the {num_epochs} epochs of the run" if clips else ""
+    facts = {
+        "groups": len(sampling.groups), "most_times_per_clip": most.times_per_clip, "unheard": len(unheard),
+        "unheard_clips": clips,
+    }  # fmt: skip
     if unheard:
         result += f"; never {', '.join(group.label for group in unheard[:3])}"
         return [Finding("sampling", result, "warning", "raise its --data_weights, or leave the set out", facts)]

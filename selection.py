@@ -30,6 +30,7 @@ REMEDIES = {
     "audio_in_dev": "prepare a corpus whose splits do not share clips",
     "audio_in_test": "prepare a corpus whose splits do not share clips",
     "suspect_rate": "leave out --prune_suspects",
+    "not_in_subset": "lower --train_fraction, or leave out --train_rest",
     "prune_list": "list fewer clips in --prune_list, or lower --prune_fraction",
 }
 # A speaking rate this many robust standard deviations from the corpus' median is suspect: in a normal distribution one

@@ -312,7 +312,7 @@ def finish(run: Run) -> None:
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:
-        results |= run.cost() | run.eval_of_sets()
+        results = run.eval_of_sets() | results | run.cost()
         card.write_card(run.folder / "model", run, run.best.figures_of_model(results))
         run.write_results(results)
         print("\n".join(summary(run, results)), flush=True)

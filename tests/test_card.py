@@ -294,4 +294,6 @@ def test_the_levers_that_are_on_are_named() -> None:
     turned = dataclasses.replace(
         plain, augment_speed=[0.9, 1.1], consistency_weight=0.2, mask_time_prob=0.1, lr_scheduler_type="cyclic"
     )
+    noisy = dataclasses.replace(plain, augment_noise=["white", "/home/me/secret/noises/"])
+    assert levers.describe(noisy) == "augment_noise white noises", "no path is published"
     assert levers.describe(turned) == "augment_speed 0.9 1.1, consistency_weight 0.2, mask_time_prob 0.1"

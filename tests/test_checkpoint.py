@@ -306,11 +306,25 @@ def test_resumed_optimizer_continues_bit_for_bit(tmp_path: Path) -> None:
     resumed_model.load_state_dict(
         {name.removeprefix("model."): tensor for name, tensor in loaded.items() if name.startswith("model.")}
     )
+    resumed_optimizer.param_groups[0]["lr"] = 3e-3
     restore_optimizer(resumed_model, resumed_optimizer, loaded, loaded_state["optimizer"])
     assert [group["lr"] for group in resumed_optimizer.param_groups] == [3e-3, 1e-2]
     train(resumed_model, resumed_optimizer, range(3, 6))
     for expected, found in zip(model.parameters(), resumed_model.parameters(), strict=True):
         assert torch.equal(expected, found)
+
+
+def test_groups_and_their_settings_are_those_of_the_run_that_resumes() -> None:
+    """--resume_anyway with another weight decay or other rates by layer: the moments stay, the settings are new."""
+    model, optimizer = make_training(0)
+    train(model, optimizer, range(2))
+    tensors, state = optimizer_tensors(model, optimizer)
+    regrouped = [{"params": [one], "weight_decay": 0.3, "lr_scale": 0.5} for one in reversed(list(model.parameters()))]
+    other = torch.optim.AdamW(regrouped)
+    restore_optimizer(model, other, tensors, state)
+    assert [(group["weight_decay"], group["lr_scale"]) for group in other.param_groups] == [(0.3, 0.5)] * 6
+    for parameter, entries in optimizer.state.items():
+        assert all(torch.equal(other.state[parameter][name], value) for name, value in entries.items())
 
 
 def test_optimizer_of_other_parameters_is_refused() -> None:

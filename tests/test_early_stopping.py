@@ -143,6 +143,7 @@ def test_a_run_that_stopped_early_is_finished(
     [
         ((), None, 3),
         (("--warmup_steps", 3), None, 5),  # steps 1 to 3 are in the warm-up
+        (("--freeze_encoder_steps", 3), None, 5),  # the output layer alone has learned until then
         ((), "plateau", None),
         ((), "before the plateau", None),
         ((), "leaving the plateau", None),

@@ -445,13 +445,13 @@ def test_more_labels_than_frames_give_zero_and_no_gradient():
     assert not logits.grad.any()
 
 
-def test_smoothing_is_the_divergence_of_the_uniform_distribution():
+def test_smoothing_is_the_divergence_from_the_uniform_distribution():
     """Against torch's own divergence of two distributions, frame by frame; frames behind the end do not count."""
     logits, lengths = 3 * torch.randn(3, 9, 7, dtype=torch.float64), [9, 4, 0]
     uniform = torch.distributions.Categorical(logits=torch.zeros(7, dtype=torch.float64))
     for row, (found, length) in enumerate(zip(smoothing_sum(logits, torch.tensor(lengths)), lengths, strict=True)):
         frames = [torch.distributions.Categorical(logits=frame) for frame in logits[row, :length]]
-        expected = sum((torch.distributions.kl_divergence(uniform, one) for one in frames), torch.zeros(()))
+        expected = sum((torch.distributions.kl_divergence(one, uniform) for one in frames), torch.zeros(()))
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 

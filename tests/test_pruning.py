@@ -11,9 +11,12 @@ from test_selection import make_dataset, select
 
 import pruning
 import train
+from config import TrainConfig
 from data import ShardDataset
 from errors import UsageError
 from findings import Finding
+from joined import JoinedDataset
+from pruning import find_pruned
 from selection import Selection, write_drop_list
 
 CLIPS = [(16_000 + 160 * row, "one") for row in range(20)]
@@ -85,6 +88,19 @@ def test_any_other_list_leaves_out_all_its_ids(name: str, content: str, dataset:
     assert [(row, why) for row, why, _ in selection.dropped] == [(3, "prune_list"), (7, "prune_list")]
     assert {detail for _, _, detail in selection.dropped} == {name}
     assert (finding(selection).verdict, finding(selection).facts["listed"]) == ("ok", 2)
+
+
+def test_a_ranking_of_one_of_several_sets_is_understood(dataset: ShardDataset, tmp_path: Path) -> None:
+    """Without the set's name in its ids; where two sets have such clips, it is not."""
+    others = make_dataset(tmp_path / "others", [(16_000, "one")] * 3)
+    path = write_ranking(tmp_path / "train_ranking.csv", [row for row in RANKED if row > 2], suggested=3)
+    config = TrainConfig(prune_list=str(path))
+    joined = JoinedDataset(("a", "b"), [others, dataset])
+    expected = [row for row in RANKED if row > 2][:3]
+    assert sorted(np.flatnonzero(find_pruned(joined, config).rows).tolist()) == sorted(3 + row for row in expected)
+    path.write_text("id\nu0\n")
+    with pytest.raises(UsageError, match="write them as SET/id"):
+        find_pruned(joined, config)
 
 
 def test_ids_that_the_corpus_lacks_are_counted_and_warned_of(dataset: ShardDataset, tmp_path: Path) -> None:

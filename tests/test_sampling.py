@@ -343,14 +343,24 @@ def test_the_screen_shows_counts_and_shares_of_the_first_groups() -> None:
 def test_repetition_that_is_learned_by_heart_is_a_warning(
     rare: int, settings: dict[str, object], verdict: str, said: str
 ) -> None:
-    (finding,) = check_sampling(plan(Labelled(["a"] * (100 - rare) + ["b"] * rare), **settings))
+    (finding,) = check_sampling(plan(Labelled(["a"] * (100 - rare) + ["b"] * rare), **settings), 1)
     assert (finding.verdict, said in finding.result) == (verdict, True)
-    assert check_sampling(None) == []
+    assert check_sampling(None, 1) == []
+
+
+def test_promise_4_clips_that_the_run_never_hears_are_counted() -> None:
+    """Against the draws themselves."""
+    sampling = plan(Labelled(["a"] * 90 + ["b"] * 10), sampling_temperature="balanced")
+    for epochs in (1, 2):
+        heard = np.unique(np.concatenate([sampling.draw(epoch) for epoch in range(epochs)]))
+        assert sampling.num_unheard(epochs) == 100 - len(heard)
+    (finding,) = check_sampling(sampling, 1)
+    assert "40 clips are never heard in the 1 epochs of the run" in finding.result
 
 
 def test_a_set_whose_weight_gives_it_no_clip_is_a_warning() -> None:
     config = TrainConfig(data_dir=["x", "y"], data_weights=[1e6, 1.0])
-    (finding,) = check_sampling(plan_sampling(Labelled(["a"] * 5, ["a"] * 5), np.arange(10), config))
+    (finding,) = check_sampling(plan_sampling(Labelled(["a"] * 5, ["a"] * 5), np.arange(10), config), 1)
     assert (finding.verdict, "never set_1" in finding.result) == ("warning", True)
 
 

@@ -600,6 +600,11 @@ def test_the_output_layer_learns_alone_until_the_encoder_thaws(make_run: Callabl
             assert run.optimizer.state[parameter]["step"] == (4 if "lm_head" in name else 2), name
 
 
+def test_two_views_need_masks(make_run: Callable[..., Run]) -> None:
+    with pytest.raises(UsageError, match="--consistency_weight compares two differently masked views, and nothing is"):
+        make_run(consistency_weight=0.2)
+
+
 def test_each_layer_learns_at_its_own_rate(make_run: Callable[..., Run]) -> None:
     """The first update of AdamW moves a weight by its rate, whatever the gradient."""
     run = make_run(
