@@ -16,9 +16,9 @@ weak model leaves there, count as wrong: w and the expected precision are the mo
 
 Measured on digits with a tenth of the transcripts exchanged (benchmarks/planted_errors.py): of as many clips as are
 wrong, halves that judge each other find 72 % by this score, 69 % by the CTC loss per label, 46 % by the best path's
-agreement, and by the speech rate fewer than by chance. A model of 400 updates that was trained on all of them finds 81 %:
-it has heard more, and has not yet learned the wrong ones by heart; one that has finds few, and which of the two a model
-is cannot be seen from outside.
+agreement, and by the speech rate fewer than by chance. A model that was trained on all of them for 400 updates finds
+81: it has heard more, and has not yet learned the wrong ones by heart. One that has finds few, and which of the two a
+model is cannot be seen from outside.
 
 B utterances of a batch, T frames, V vocabulary, N clips of the training split.
 """
