@@ -195,7 +195,7 @@ def run_checks(assembly: "Assembly") -> Report:
         *check_coverage(assembly.sets, coverages, assembly.normalizer, assembly.vocabulary),
         round_trip,
         *assembly.selection.findings,
-        *check_sampling(assembly.sampling, math.ceil(assembly.total_steps / assembly.plan.updates_per_epoch)),
+        *check_sampling(assembly.sampling, math.ceil(assembly.total_steps / max(1, assembly.plan.updates_per_epoch))),
         *check_audio(assembly.sets),
         *assembly.overlap.findings,
         *check_precision(assembly.accelerator.mixed_precision, assembly.accelerator.device),

@@ -212,7 +212,8 @@ def test_two_sets_end_to_end_with_results_of_each(
         assert alone["cer"] == pytest.approx(test[folder.name]["cer"])
     card = (run / "model" / "README.md").read_text()
     assert "Prepared data `big + small`" in card
-    assert "| small | cem | 5 | 0.00 | 12 |" in card
+    assert "| small | group 3 | 5 | 0.00 | 12 |" in card
+    assert "cem" not in card, "no speaker is published"
     assert "preparing, small test: none" in card
     assert run_command(report.main, "report.py", run) == 0
     assert "8 clips can be heard" in (run / "report.html").read_text()
@@ -333,4 +334,4 @@ def test_preflight_checks_both_sets_and_the_sampling(two: tuple[Path, Path], tmp
     report = json.loads((two[0] / "preflight" / "preflight.json").read_text())
     findings = {finding["check"]: finding for finding in report["findings"]}
     assert findings["training clips"]["facts"]["kept"] == 18
-    assert findings["sampling"]["facts"] == {"groups": 2, "most_times_per_clip": 1.8, "unheard": 0}
+    assert findings["sampling"]["facts"] == {"groups": 2, "most_times_per_clip": 1.8, "unheard": 0, "unheard_clips": 0}

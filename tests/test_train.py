@@ -617,7 +617,7 @@ def test_each_layer_learns_at_its_own_rate(make_run: Callable[..., Run]) -> None
     rates = {"lm_head": 4e-3, "layers.2": 4e-4, "layers.1": 2e-4, "layers.0": 1e-4, "feature_extractor": 5e-5}
     rates |= {"feature_projection": 5e-5, "pos_conv_embed": 5e-5, "encoder.layer_norm": 4e-4}
     for part, rate in rates.items():
-        steps = [float((v.detach() - before[n]).abs().max()) for n, v in run.model.named_parameters() if part in n]
+        steps = [float((v - before[n]).detach().abs().max()) for n, v in run.model.named_parameters() if part in n]
         assert max(steps) == pytest.approx(rate, rel=0.02), part
 
 
