@@ -19,6 +19,7 @@ import best_model
 import checkpoint
 import preflight
 import roundtrip
+import runlog
 import train
 from averaging import MovingAverage, mean_of, rank_evaluation, remove_unused, weights_file, write_weights
 from best_model import is_better
@@ -36,6 +37,12 @@ def with_wer(evaluation: Evaluation, percent: int) -> Evaluation:
     """The same evaluation with another WER."""
     words = ErrorCounts(substitutions=percent, hits=100 - percent)
     return dataclasses.replace(evaluation, score=dataclasses.replace(evaluation.score, words=words))
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second for each of the many evaluations."""
+    monkeypatch.setattr(runlog, "draw_training_curve", lambda *_: None)
 
 
 @pytest.fixture

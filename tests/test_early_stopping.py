@@ -12,11 +12,18 @@ from conftest import training, write_recipe
 from test_averaging import with_wer
 
 import diagnosis
+import runlog
 import train
 from checkpoint import list_checkpoints, load_state
 from early_stopping import Patience
 from runlog import read_log
 from scoring import Evaluation
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second for each of the many evaluations."""
+    monkeypatch.setattr(runlog, "draw_training_curve", lambda *_: None)
 
 
 def counts(
