@@ -70,6 +70,7 @@ ARMS = {
     "balanced": "--sample_by speaker --sampling_temperature balanced",
     "best": f"--learning_rate 2e-3 --augment_speed 0.9 1.0 1.1 {ROOMS_AND_LINES} {CONSISTENCY}",
 }
+ARMS["best_tri_stage"] = f"{ARMS['best']} --lr_scheduler_type tri_stage"
 # With --demo_model, from its weights instead of random ones; what only makes sense there comes last.
 DEMO_ARMS = {"plain": "", "best": ARMS["best"], "freeze": "--freeze_encoder_steps 100 --head_learning_rate 3e-3"}
 COUNTS_FILE = "test_errors.csv"
