@@ -17,7 +17,7 @@ from hosts import check_same
 from joined import open_sets
 from memory import Passes, Shape, evaluation_mode
 from metrics import score_batch
-from model import Objective, forward_with_loss, is_of_head, optimizer_groups
+from model import Objective, forward_with_loss, is_of_head, masked_axes, optimizer_groups
 from overlap import find_overlap
 from pretrained import load_model
 from processes import RankStatus, SharedGradients, check_same_on_all_ranks, choose_loading_processes, main_first
@@ -88,9 +88,7 @@ class Assembly:
         check_same_on_all_ranks(self.accelerator, self.model)
         if asks_for_sharding():
             shard(self.model, self.accelerator)
-        masks = getattr(self.hf_config, "apply_spec_augment", True)
-        masks = masks and (self.hf_config.mask_time_prob > 0 or self.hf_config.mask_feature_prob > 0)
-        if config.consistency_weight > 0 and not masks:
+        if config.consistency_weight > 0 and not any(masked_axes(self.hf_config)):
             raise UsageError(
                 "--consistency_weight compares two differently masked views, and nothing is masked: set "
                 "--mask_time_prob, 0.1 or more"

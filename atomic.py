@@ -35,17 +35,32 @@ def write_atomically(
     Raises:
         RunFailed: disk full or not writable, naming path and space; `path` is as it was.
     """
-    unfinished = path.with_name(path.name + UNFINISHED)
     if isinstance(content, str):
         content = content.encode()
-    with reporting_disk_errors(path, num_bytes if callable(content) else len(content)):
+    num_bytes = num_bytes if callable(content) else len(content)
+    with appearing(path, num_bytes) as unfinished, unfinished.open("wb") as file:
+        if callable(content):
+            content(file)
+        else:
+            file.write(content)
+
+
+@contextlib.contextmanager
+def appearing(path: Path, num_bytes: int | None = None) -> Iterator[Path]:
+    """Another name for the block to write a file under, which becomes `path` behind it, or nothing does.
+
+    Args:
+        path: of the file, which may hold an older one.
+        num_bytes: what will be written, about; said when the disk is full.
+
+    Raises:
+        RunFailed: disk full or not writable, naming path and space; `path` is as it was.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with reporting_disk_errors(path, num_bytes):
         try:
-            with unfinished.open("wb") as file:
-                if callable(content):
-                    content(file)
-                else:
-                    file.write(content)
-                sync_open_file(file)
+            yield unfinished
+            _sync_file(unfinished)
             unfinished.replace(path)
         except BaseException:
             unfinished.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ S samples of an utterance, N utterances. Signals are float32 [S] at 16 kHz, full
 processes and resumes nor another change alter it.
 """
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -28,7 +27,7 @@ from recording import AUDIO_SUFFIXES
 if TYPE_CHECKING:
     from data import ShardDataset
 
-# Each change draws from a stream of its own. Masks have 0; see data.Collator.
+# Each change draws from a stream of its own, as masks do; see data.FIRST_VIEW.
 SPEED, ROOM, NOISE, BAND, VOLUME, GAPS = range(1, 7)
 BABBLE_VOICES = (3, 7)
 # The direct sound of a simulated room is louder than its echoes together by -3 to 9 dB: a metre or two away.
@@ -200,8 +199,7 @@ class Augmenter:
             return None
         noises = Sounds.find(settings.augment_noise, GENERATED_NOISES, "augment_noise")
         rooms = Sounds.find(settings.augment_reverb, (SIMULATED_ROOM,), "augment_reverb")
-        own = Augmentation(**{one.name: getattr(settings, one.name) for one in dataclasses.fields(Augmentation)})
-        return cls(own, seed, dataset, rows, required_frames, hf_config, noises, rooms)
+        return cls(settings, seed, dataset, rows, required_frames, hf_config, noises, rooms)
 
     @property
     def fingerprint(self) -> str:

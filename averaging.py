@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import checkpoint
-from atomic import UNFINISHED, check_free_space, reporting_disk_errors, sync_folder, sync_open_file
+from atomic import appearing, check_free_space, sync_folder
 from errors import RunFailed, UsageError
 from sharding import like
 
@@ -115,22 +115,13 @@ def write_weights(run_dir: Path, step: int, weights: Mapping[str, torch.Tensor])
         RunFailed: disk full, not writable, or what was written does not read back.
     """
     path = weights_file(run_dir, step)
-    unfinished = path.with_name(path.name + UNFINISHED)
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     num_bytes = sum(tensor.nbytes for tensor in packed.values())
-    with reporting_disk_errors(path, num_bytes):
+    with appearing(path, num_bytes) as unfinished:
         path.parent.mkdir(exist_ok=True)
         check_free_space(path.parent, num_bytes)
-        try:
-            save_file(packed, unfinished)
-            checkpoint.check_tensors(unfinished, packed)
-            with unfinished.open("rb+") as file:
-                sync_open_file(file)
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
+        save_file(packed, unfinished)
+        checkpoint.check_tensors(unfinished, packed)
 
 
 def remove_unused(run_dir: Path, own_steps: Collection[int]) -> None:

@@ -38,7 +38,7 @@ from integrity import (
     refusing_other_schema,
     remake_command,
 )
-from model import draw_masks, num_frames
+from model import draw_masks, masked_axes, num_frames
 from stopping import ignore_stop_signals
 from text import TextNormalizer, Vocabulary
 
@@ -54,7 +54,8 @@ VARIANCE_FLOOR = 1e-7
 TIME_MASKS = ("time_mask_BT", "other_time_mask_BT")
 MASKS = (*TIME_MASKS, "feature_mask_BH", "other_feature_mask_BH")
 # Streams of draws: of an utterance's masks, and of those of its second view. Augmentation has others, see augment.py.
-FIRST_VIEW, SECOND_VIEW = 0, 7
+# Without one the first copy draws as [seed, epoch, row] does, since numpy fills a seed up with zeros.
+FIRST_VIEW, SECOND_VIEW = (), (7,)
 
 
 @dataclass(frozen=True)
@@ -604,18 +605,16 @@ class Collator:
         return masks
 
     def _draw(
-        self, frames: list[int], rows: np.ndarray, epoch: int, copies: np.ndarray, stream: int
+        self, frames: list[int], rows: np.ndarray, epoch: int, copies: np.ndarray, stream: tuple[int, ...]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         config = self.hf_config
-        masks_time = config.mask_time_prob > 0
-        masks_features = config.mask_feature_prob > 0
-        if not getattr(config, "apply_spec_augment", True) or not (masks_time or masks_features):
+        masks_time, masks_features = masked_axes(config)
+        if not (masks_time or masks_features):
             return None, None
         time_mask = np.zeros((len(frames), max(frames)), bool)
         feature_mask = np.zeros((len(frames), config.hidden_size), bool)
         for index, (frame_count, row, copy) in enumerate(zip(frames, rows, copies, strict=True)):
-            # The first view of a first copy has the draws of [seed, epoch, row]: numpy fills up with zeros.
-            rng = np.random.default_rng([self.seed, epoch, int(row), int(copy), stream][: None if stream else 4])
+            rng = np.random.default_rng([self.seed, epoch, int(row), int(copy), *stream])
             time_mask[index, :frame_count], feature_mask[index] = draw_masks(
                 frame_count, config.hidden_size, config, rng
             )

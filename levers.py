@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Names of the encoder's configuration in transformers that are flags here, with the largest value that makes sense.
+# Fields of the encoder's configuration in transformers that are flags here.
 ENCODER_SHARES = (
     *("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop"),
     *("mask_time_prob", "mask_feature_prob"),
@@ -22,8 +22,6 @@ SPEED_STEP = 0.01
 GENERATED_NOISES = ("white", "pink", "babble")
 SIMULATED_ROOM = "simulated"
 NYQUIST_HZ = 8_000
-
-
 # What can decide which model is the best, and what it is called in a sentence; lower is better for all of them.
 METRICS = {
     "eval_wer": "WER",

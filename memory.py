@@ -20,7 +20,7 @@ import allocator
 from audio import SAMPLE_RATE_HZ
 from data import EVENNESS, Batch, CutSettings
 from findings import Finding
-from model import num_frames
+from model import masked_axes, num_frames
 from recovery import MemoryLimitExceeded, is_out_of_memory, release_memory, trim_memory
 
 # Of the room that batches have. Allocators lose a few percent to shapes that vary, and gradients travel in pieces.
@@ -145,11 +145,9 @@ class Passes:
 
     def _masks(self, rows: int, frames: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         config = self.hf_config
-        masks = getattr(config, "apply_spec_augment", True)
-        time = torch.zeros(rows, frames, dtype=torch.bool) if masks and config.mask_time_prob > 0 else None
-        feature = (
-            torch.zeros(rows, config.hidden_size, dtype=torch.bool) if masks and config.mask_feature_prob > 0 else None
-        )
+        masks_time, masks_features = masked_axes(config)
+        time = torch.zeros(rows, frames, dtype=torch.bool) if masks_time else None
+        feature = torch.zeros(rows, config.hidden_size, dtype=torch.bool) if masks_features else None
         return time, feature
 
 

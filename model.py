@@ -57,6 +57,12 @@ def num_frames(num_samples: Lengths, conv_kernel: Sequence[int], conv_stride: Se
     return num_samples
 
 
+def masked_axes(hf_config: PretrainedConfig) -> tuple[bool, bool]:
+    """Whether training masks frames, and features, by the configuration of an encoder."""
+    masks = bool(getattr(hf_config, "apply_spec_augment", True))
+    return masks and hf_config.mask_time_prob > 0, masks and hf_config.mask_feature_prob > 0
+
+
 def draw_masks(
     num_frames: int, hidden_size: int, hf_config: PretrainedConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -330,7 +336,7 @@ class CTCModel(nn.Module):
         self._install_valid_group_norm(encoder.feature_extractor.conv_layers)
         self._install_padding_guards(encoder)
         self._install_attention_masks(encoder.encoder.layers)
-        self.masks_time = bool(getattr(hf.config, "apply_spec_augment", True) and hf.config.mask_time_prob > 0)
+        self.masks_time = masked_axes(hf.config)[0]
         # What never gets a gradient is not trained; DistributedDataParallel would wait for it.
         if hasattr(encoder, "masked_spec_embed") and not self.masks_time:
             encoder.masked_spec_embed.requires_grad_(False)

@@ -128,7 +128,7 @@ class RankingScorer(ModelScorer):
         super().__init__(replace(config, split="train"), accelerator)
         hf_config = self.model.hf.config
         frames = num_frames(self.dataset.num_samples.astype(np.int64), hf_config.conv_kernel, hf_config.conv_stride)
-        self.can_align = frames >= np.maximum(self.texts.required_frames, 1)
+        self.can_align = self.texts.can_align(frames)
         usable = self.can_align & (self.texts.num_labels > 0)
         self.speaking = measure_speaking(self.dataset, self.texts.num_labels, usable)
         self.strangers = self._draw_strangers(np.flatnonzero(usable))

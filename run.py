@@ -292,6 +292,7 @@ class Run(Assembly):
         disk = self._check_disk()
         if self.config.average_best is not None:
             averaging.check_present(self.folder, self.best.averaged_steps)
+        self._open_tables()  # Refused before anything is changed, where another version began them.
         later = [path for path in checkpoint.list_checkpoints(self.folder) if path.name > self.checkpoint.name]
         if self.config.resume_from_checkpoint != "last":
             # Their logs are cut off here: the next `last` must not find one of them. Of `last`, they are damaged.
@@ -304,7 +305,6 @@ class Run(Assembly):
         recover_folder(self.folder / "model")
         averaging.put_single_back(self.folder)
         averaging.remove_unused(self.folder, self.best.averaged_steps)
-        self._open_tables()
         self.log.truncate(self.state.log_bytes)
         self.samples.truncate(self.state.sample_bytes)
         self.slices.truncate(self.state.slice_bytes)

@@ -16,7 +16,7 @@ from config import TrainConfig
 from corpora import DROP_COLUMNS
 from data import ShardDataset
 from findings import Finding
-from model import num_frames
+from model import masked_axes, num_frames
 from overlap import Overlap
 from pruning import find_pruned
 from transcripts import TextFacts
@@ -96,7 +96,7 @@ def select_training_rows(
         hf_config: of the encoder, for its frames and time masks.
     """
     frames = num_frames(dataset.num_samples.astype(np.int64), hf_config.conv_kernel, hf_config.conv_stride)
-    usable = (texts.num_labels > 0) & (frames >= np.maximum(texts.required_frames, 1))
+    usable = (texts.num_labels > 0) & texts.can_align(frames)
     speaking = measure_speaking(dataset, texts.num_labels, usable)
     pruned = find_pruned(dataset, config)
     rules = _rules(dataset, config, texts, overlap, frames, usable, speaking)
@@ -238,8 +238,7 @@ def _alignment_finding(
     dataset: ShardDataset, reasons: np.ndarray, names: list[str], frames: np.ndarray, hf_config: object
 ) -> Finding:
     rows = np.flatnonzero(reasons == names.index("more_labels_than_frames") + 1)
-    masks_time = getattr(hf_config, "apply_spec_augment", True) and hf_config.mask_time_prob > 0
-    unmasked = int(np.count_nonzero(frames < hf_config.mask_time_length)) if masks_time else 0
+    unmasked = int(np.count_nonzero(frames < hf_config.mask_time_length)) if masked_axes(hf_config)[0] else 0
     parts = [f"{len(rows)} clips have fewer frames than CTC needs for their labels and are left out"]
     if len(rows):
         parts[0] += f" ({_examples(dataset, rows)})"

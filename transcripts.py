@@ -37,6 +37,10 @@ class TextFacts:
     required_frames: np.ndarray
     coverage: Coverage
 
+    def can_align(self, frames: np.ndarray) -> np.ndarray:
+        """Whether CTC can align each utterance to so many frames, bool [N]; one frame is the least."""
+        return frames >= np.maximum(self.required_frames, 1)
+
 
 def measure_texts(
     dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, cache: FactCache

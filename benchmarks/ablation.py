@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 import pandas
+from programs import run_program
 from rich import box
 from rich.table import Table
 
@@ -101,11 +101,11 @@ class Cell:
         """Its run directory."""
         return work_dir / self.name / f"seed_{self.seed}"
 
-    def command(self, data_dir: Path, folder: Path) -> list[str]:
+    def arguments(self, data_dir: Path, folder: Path) -> list[str]:
         """Of train.py."""
         start = ["--model_name_or_path", self.demo_model] if self.demo_model else []
         return [
-            *(sys.executable, str(REPOSITORY / "train.py"), "--config", str(REPOSITORY / "configs" / "digits.yaml")),
+            *("--config", str(REPOSITORY / "configs" / "digits.yaml")),
             *("--data_dir", str(data_dir), "--output_dir", str(folder), "--seed", str(self.seed)),
             *("--save_steps", "750", "--dataloader_num_workers", "0", *start, *self.settings.split()),
         ]
@@ -145,8 +145,8 @@ def prepare(corpus: Path, work_dir: Path, test_speaker: str) -> Path:
     """The shards, made once."""
     data_dir = work_dir / "data"
     if not (data_dir / "prepare.json").is_file():
-        command = [sys.executable, str(REPOSITORY / "prepare.py"), "--corpus", str(corpus), "--data_dir", str(data_dir)]
-        subprocess.run([*command, "--test_speakers", test_speaker], check=True)
+        flags = ("--corpus", corpus, "--data_dir", data_dir, "--test_speakers", test_speaker)
+        run_program("prepare.py", *flags, log=work_dir / "prepare.log")
     return data_dir
 
 
@@ -162,22 +162,9 @@ def train(cell: Cell, data_dir: Path, work_dir: Path) -> Cell:
     """One cell from its beginning; a part of an earlier try is removed."""
     folder = cell.folder(work_dir)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    run(cell.command(data_dir, folder), folder.with_suffix(".log"))
+    run_program("train.py", *cell.arguments(data_dir, folder), log=folder.with_suffix(".log"))
     shutil.rmtree(folder / "checkpoints")
     return cell
-
-
-def run(command: list[str], log: Path) -> float:
-    """A command with one thread; the seconds of processor time that it and its children took."""
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"train.py failed, see {log}: {log.read_text().splitlines()[-1]}")
-    return usage.ru_utime + usage.ru_stime
 
 
 def score_missing(cells: list[Cell], data_dir: Path, work_dir: Path) -> None:
@@ -286,13 +273,13 @@ def print_costs(arms: list[str], data_dir: Path, work_dir: Path) -> None:
 
 def cost_of_update(arm: str, data_dir: Path, work_dir: Path) -> float:
     """What the longer run takes more than the shorter one, by update."""
-    work_dir.mkdir(parents=True, exist_ok=True)
     taken = []
     for steps in COST_STEPS:
         folder = work_dir / f"{arm}_{steps}"
         shutil.rmtree(folder, ignore_errors=True)
         limits = ["--max_steps", str(steps), "--eval_steps", str(steps), "--do_predict", "false"]
-        taken.append(run([*Cell(arm, 1).command(data_dir, folder), *limits], folder.with_suffix(".log")))
+        arguments = Cell(arm, 1).arguments(data_dir, folder)
+        taken.append(run_program("train.py", *arguments, *limits, log=folder.with_suffix(".log")))
         shutil.rmtree(folder)
     return (taken[1] - taken[0]) / (COST_STEPS[1] - COST_STEPS[0])
 

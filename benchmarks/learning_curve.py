@@ -10,11 +10,12 @@ must be enough for the largest share: with fewer the curve is one of the updates
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from programs import run_program
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -49,10 +50,7 @@ def train(arguments: argparse.Namespace, share: float, seed: int) -> Path:
         "save_steps": arguments.max_steps, "resume_from_checkpoint": "auto",
     }  # fmt: skip
     pairs = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
-    command = [sys.executable, str(REPOSITORY / "train.py"), *pairs]
-    done = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    run_program("train.py", *pairs, log=folder.parent / f"{folder.name}.log")
     return folder
 
 

@@ -15,8 +15,6 @@ kept, so that the script goes on where it stopped; two cells run at a time.
 import argparse
 import csv
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 import numpy as np
 
+from benchmarks.programs import run_program
 from data import ShardDataset
 from result_layout import RANKING_FACTS_FILE, RANKING_FILE
 
@@ -85,10 +84,16 @@ class Bench:
     def __init__(self, folder: Path, max_steps: int, seed: int) -> None:
         self.folder, self.max_steps, self.seed = folder, max_steps, seed
 
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
     def prepare(self, corpus: Path, share: float) -> set[str]:
         """`clean_data`, and `planted_data` of the same clips in the same splits; the ids of the planted errors."""
         clean, planted = self.folder / "clean_data", self.folder / "planted_data"
-        self._call("prepare.py", "--corpus", corpus, "--data_dir", clean, "--test_speakers", HELD_OUT_SPEAKER)
+        run_program(
+            "prepare.py", "--corpus", corpus, "--data_dir", clean, "--test_speakers", HELD_OUT_SPEAKER,
+            log=self._log("prepare_clean"),
+        )  # fmt: skip
         rows = [row for split in ("train", "dev", "test") for row in _rows(clean / split, corpus)]
         texts = {row["id"]: row["text"] for row in rows if row["split"] == "train"}
         swapped = swap_texts(texts, share, self.seed)
@@ -97,7 +102,10 @@ class Bench:
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
             table.writerows(row | {"text": swapped.get(row["id"], row["text"])} for row in rows)
-        self._call("prepare.py", "--corpus", manifest, "--data_dir", planted, "--audio_root", corpus)
+        run_program(
+            "prepare.py", "--corpus", manifest, "--data_dir", planted, "--audio_root", corpus,
+            log=self._log("prepare_planted"),
+        )  # fmt: skip
         return set(swapped)
 
     def train(self, name: str, data: str, flags: list[object]) -> None:
@@ -109,24 +117,19 @@ class Bench:
             "resume_from_checkpoint": "auto",
         }  # fmt: skip
         pairs = [part for key, value in settings.items() for part in (f"--{key}", value)]
-        self._call("train.py", *pairs, *flags)
+        run_program("train.py", *pairs, *flags, log=self._log(name))
 
     def rank(self, name: str, model: Path, *flags: object) -> list[dict[str, str]]:
         """The rows of one ranking of the planted data; a finished one is kept."""
         folder = self.folder / name
         if not (folder / RANKING_FACTS_FILE).is_file():
-            self._call(
+            run_program(
                 "evaluate.py", "--rank_train", "--model_name_or_path", model, "--data_dir",
                 self.folder / "planted_data", "--output_dir", folder, "--per_device_eval_batch_size", 64, *flags,
+                log=self._log(name),
             )  # fmt: skip
         with (folder / RANKING_FILE).open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
-
-    def _call(self, program: str, *arguments: object) -> None:
-        command = [sys.executable, str(REPOSITORY / program), *map(str, arguments)]
-        done = subprocess.run(command, env={"OMP_NUM_THREADS": "1"} | os.environ, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
 
 def _rows(folder: Path, corpus: Path) -> list[dict[str, str]]:

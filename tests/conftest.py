@@ -67,6 +67,17 @@ TINY_MODEL = {
 }
 
 
+# Every change of the waveform, for --config or Augmentation.
+AUGMENTATION = {
+    "augment_speed": [0.9, 1.0, 1.1],
+    "augment_reverb": ["simulated"],
+    "augment_noise": ["white", "pink", "babble"],
+    "augment_band_hz": [2_500.0, 7_500.0],
+    "augment_volume_db": 6.0,
+    "augment_gap_seconds": 0.1,
+}
+
+
 # The other kind of encoder: group norm over the first convolution, layer norm behind each block.
 TINY_GROUP_NORM_MODEL = TINY_MODEL | {"feat_extract_norm": "group", "do_stable_layer_norm": False, "conv_bias": False}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY_MODEL, make_rows, write_part
+from conftest import AUGMENTATION, TINY_MODEL, make_rows, write_part
 from transformers import Wav2Vec2Config
 
 import augment
@@ -178,34 +178,25 @@ def test_gaps_have_at_most_the_length_that_is_set(make: Callable[..., Augmenter]
 
 # --- Draws -----------------------------------------------------------------------------------------------------------
 
-EVERYTHING = {
-    "augment_speed": [0.9, 1.0, 1.1],
-    "augment_reverb": ["simulated"],
-    "augment_noise": ["white", "pink", "babble"],
-    "augment_band_hz": [2_500.0, 7_500.0],
-    "augment_volume_db": 6.0,
-    "augment_gap_seconds": 0.1,
-}
-
 
 def heard(augmenter: Augmenter, row: int, epoch: int = 0, copy: int = 0) -> np.ndarray:
     return augmenter(augmenter.dataset[row].audio.astype(np.float32) / 32_768, row, epoch, copy)
 
 
 def test_draws_are_functions_of_seed_epoch_utterance_and_copy(make: Callable[..., Augmenter]) -> None:
-    augmenter, again = make(**EVERYTHING), make(**EVERYTHING)
+    augmenter, again = make(**AUGMENTATION), make(**AUGMENTATION)
     backwards = {row: heard(again, row) for row in reversed(range(12))}
     for row in range(12):
         assert np.array_equal(heard(augmenter, row), backwards[row]), "whoever asks, in whatever order"
     first = heard(augmenter, 3)
-    for other in (heard(augmenter, 3, epoch=1), heard(augmenter, 3, copy=1), heard(make(seed=4, **EVERYTHING), 3)):
+    for other in (heard(augmenter, 3, epoch=1), heard(augmenter, 3, copy=1), heard(make(seed=4, **AUGMENTATION), 3)):
         assert len(other) != len(first) or not np.array_equal(other, first)
 
 
 @pytest.mark.parametrize("name", ["augment_speed", "augment_noise", "augment_volume_db"])
 def test_a_change_draws_the_same_whatever_else_is_on(make: Callable[..., Augmenter], name: str) -> None:
     """So that an ablation differs in one thing alone."""
-    alone, among = make(**{name: EVERYTHING[name]}), make(**EVERYTHING)
+    alone, among = make(**{name: AUGMENTATION[name]}), make(**AUGMENTATION)
     stream = {"augment_speed": augment.SPEED, "augment_noise": augment.NOISE, "augment_volume_db": augment.VOLUME}[name]
     for row in range(5):
         draws = [one._generator(row, 2, 0, stream).random(3).tolist() for one in (alone, among)]
@@ -216,7 +207,7 @@ def test_a_change_draws_the_same_whatever_else_is_on(make: Callable[..., Augment
 
 
 def test_lengths_are_known_before_a_clip_is_read(make: Callable[..., Augmenter]) -> None:
-    augmenter = make(**EVERYTHING)
+    augmenter = make(**AUGMENTATION)
     for epoch in range(4):
         lengths = augmenter.lengths(np.arange(12), epoch, np.zeros(12, int))
         assert lengths.tolist() == [len(heard(augmenter, row, epoch)) for row in range(12)]

@@ -21,7 +21,9 @@ from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary
 from transcripts import measure_texts
 
 # Frames of 20 ms, without overlap: 320 samples each.
-ENCODER = SimpleNamespace(conv_kernel=[20, 16], conv_stride=[20, 16], mask_time_prob=0.05, mask_time_length=10)
+ENCODER = SimpleNamespace(
+    conv_kernel=[20, 16], conv_stride=[20, 16], mask_time_prob=0.05, mask_time_length=10, mask_feature_prob=0.0
+)
 FRAME = 320
 LARGE_960H = Vocabulary(LARGE_960H_VOCABULARY)
 UPPER = TextNormalizer(',?.!-;:"', "upper")

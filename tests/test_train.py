@@ -29,6 +29,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from architectures import LARGE_960H, XLS_R_300M, Architecture, write_published_like_checkpoint
 from conftest import (
+    AUGMENTATION,
     REPOSITORY,
     TALKATIVE,
     TINY_GROUP_NORM_MODEL,
@@ -505,13 +506,7 @@ CUTS = [  # processes, utterances per micro-batch, padded seconds per micro-batc
 
 
 # Whatever changes what an update minimises or hears, dropouts aside.
-LEVERS = {
-    "augment_speed": [0.9, 1.0, 1.1],
-    "augment_reverb": ["simulated"],
-    "augment_noise": ["white", "pink", "babble"],
-    "augment_band_hz": [2_500, 7_500],
-    "augment_volume_db": 6,
-    "augment_gap_seconds": 0.05,
+LEVERS = AUGMENTATION | {
     "label_smoothing": 0.1,
     "consistency_weight": 0.2,
     "layer_lr_decay": 0.8,
@@ -791,6 +786,22 @@ def test_resume_refuses_other_data_and_changes_nothing(
         assert error.startswith("error: ")
         assert named in error
         assert tree(tmp_path / "run") == before
+
+
+def test_a_run_of_another_version_is_refused_and_changes_nothing(
+    prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
+) -> None:
+    """Its log has other columns; later checkpoints, settings and the mark of its end stay as they are."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", prepared, max_steps=4, save_steps=2)
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    log = tmp_path / "run" / "training_log.csv"
+    log.write_text(log.read_text().replace("train_loss", "loss_of_old", 1))
+    before = tree(tmp_path / "run")
+    flags = ("--resume_from_checkpoint", "step_000002", "--resume_anyway", "--weight_decay", 0.2)
+    capsys.readouterr()
+    assert command("--config", recipe, "--output_dir", tmp_path / "run", *flags) == 2
+    assert "training_log.csv has other columns than this version writes" in capsys.readouterr().err
+    assert tree(tmp_path / "run") == before
 
 
 RESUMED_ANYWAY = {
