@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile
+from transformers import Wav2Vec2Config
 
 from cache import FactCache
 from config import PrepareConfig, TrainConfig
@@ -35,7 +35,9 @@ from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary
 from transcripts import measure_texts
 
 # Frames of 20 ms, 320 samples each.
-ENCODER = SimpleNamespace(conv_kernel=[20, 16], conv_stride=[20, 16], mask_time_prob=0.05, mask_time_length=10)
+ENCODER = Wav2Vec2Config(
+    conv_dim=[32, 32], conv_kernel=[20, 16], conv_stride=[20, 16], mask_time_prob=0.05, mask_time_length=10
+)
 VOCABULARY = Vocabulary(LARGE_960H_VOCABULARY)
 NORMALIZER = TextNormalizer(',?.!-;:"', "upper")
 RATE = 16_000
