@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import averaging
-import card
 import roundtrip
 from atomic import replace_folder, reporting_disk_errors
 from diagnosis import HOPELESS_WER
@@ -28,13 +27,11 @@ from early_stopping import Patience
 from errors import RunFailed
 from levers import METRICS
 from model import num_frames
-from pretrained import save_model
 from scoring import Evaluation, evaluation_values, rates
 from sharding import gather_tensors, load_weights, weights_of, whole
-from text import RULES_FILE
 
 if TYPE_CHECKING:
-    from run import Run, RunState
+    from training_run import RunState, TrainingRun
 
 LIMITS = ("eval_wer_low", "eval_wer_high")
 # Of the state: what model/ is, kept beside it for a resume from a checkpoint before it.
@@ -53,7 +50,7 @@ def is_better(value: float, than: float | None) -> bool:
     return than is None or value < than or (math.isfinite(value) and not math.isfinite(than))
 
 
-def figures_of(run: "Run", evaluation: Evaluation) -> dict[str, float]:
+def figures_of(run: "TrainingRun", evaluation: Evaluation) -> dict[str, float]:
     """Of an evaluation of the run's dev rows, under the names of the log."""
     return rates(evaluation, run.eval_breakdown.speakers, "eval_") | evaluation_values(evaluation.score)
 
@@ -74,7 +71,7 @@ def begin_again(state: "RunState", changed: Collection[str]) -> None:
 class BestModel:
     """What a run knows and does about its best weights. The figures are in the run's state, so that it can resume."""
 
-    def __init__(self, run: "Run") -> None:
+    def __init__(self, run: "TrainingRun") -> None:
         self.run = run
         self.average_figures: dict[str, float] = {}
         """Of the average, under the names of an evaluation, once it has become model/."""
@@ -120,7 +117,7 @@ class BestModel:
         state = self.run.state
         state.best_step, state.best_weights = state.step, weights_name
         state.best_metric = figures[self.run.config.metric_for_best_model]
-        state.best_eval_wer, state.best_eval_cer = figures["eval_wer"], figures["eval_cer"]
+        state.best_eval_wer, state.best_eval_cer = figures.get("eval_wer"), figures.get("eval_cer")
         state.best_eval_limits = [figures[name] for name in LIMITS if name in figures]
 
     def judge_patience(self, figures: Figures, is_normal: bool) -> str | None:
@@ -304,12 +301,9 @@ class BestModel:
 
     def _fill(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         run = self.run
-        save_model(run.loaded, folder, weights)
-        rules = {"characters_to_ignore": run.normalizer.characters_to_ignore, "case": run.normalizer.case}
-        (folder / RULES_FILE).write_text(json.dumps(rules, ensure_ascii=False, indent=1), encoding="utf-8")
+        run.save_model(folder, weights)
         best = json.dumps({name: getattr(run.state, name) for name in BEST_FIELDS}, indent=1)
         (folder / BEST_FILE).write_text(best, encoding="utf-8")
-        card.write_card(folder, run, self.figures_of_model(run.training_results()))
 
     def _open(self) -> None:
         self._write_probe()

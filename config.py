@@ -278,6 +278,8 @@ class RunSettings:
 class TrainConfig(Augmentation, Regularisation, Rates, Selection, RunSettings):
     """Settings of train.py. Every interval counts optimizer steps; precision and processes belong to the launcher."""
 
+    command: ClassVar[str] = "train.py"
+
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         levers = self.rate_errors() + self.regularisation_errors() + self.augmentation_errors()

@@ -21,7 +21,6 @@ import launched  # noqa: F401 - before torch
 
 import contextlib
 import json
-import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -38,10 +37,8 @@ from rich.text import Text
 
 from atomic import free_bytes, nearest_existing, write_atomically
 from audio import SAMPLE_RATE_HZ
-from audio_checks import check_audio
 from averaging import AVERAGE_FOLDER
 from config import PreflightConfig, parse_arguments
-from coverage import check_coverage, check_round_trip
 from data import CutSettings, cut_update
 from findings import Finding, worst_verdict
 from hosts import check_hosts_agree
@@ -62,11 +59,10 @@ from model import parameter_counts
 from processes import RankStatus, naming_lost_processes, start_processes
 from progress import print_table
 from recovery import failing_by_name, release_memory
-from sampling import check_sampling
 from selection import COUNT_CHECK, write_drop_list, write_suspects
 
 if TYPE_CHECKING:
-    from assembly import Assembly
+    from foundation import Foundation
 
 collector.wake()
 
@@ -170,7 +166,7 @@ def _trouble_with(folder: Path) -> str | None:
     return None if os.access(existing, os.W_OK) else f"{existing} cannot be written to"
 
 
-def _write_and_say(folder: Path, report: Report, assembly: "Assembly") -> None:
+def _write_and_say(folder: Path, report: Report, assembly: "Foundation") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_report(folder, report, assembly)
@@ -181,26 +177,15 @@ def _write_and_say(folder: Path, report: Report, assembly: "Assembly") -> None:
     print(f"{why}written to {folder}: {', '.join(REPORT_FILES)}", flush=True)
 
 
-def run_checks(assembly: "Assembly") -> Report:
+def run_checks(assembly: "Foundation") -> Report:
     """All checks; every rank takes part, and all get the same report.
 
     Weights, moments, scaler, gradients and random state of `assembly` are as before afterwards; its
     `max_batch_seconds` is set where the settings say `auto`.
     """
-    coverages = {split: texts.coverage for split, texts in assembly.texts.items()}
-    has_rows = len(assembly.selection.rows) > 0
-    shown = assembly.selection.rows if has_rows else np.arange(len(assembly.train_set))
-    utterances, round_trip = check_round_trip(assembly.train_set, shown, assembly.normalizer, assembly.vocabulary)
-    findings = [
-        *check_coverage(assembly.sets, coverages, assembly.normalizer, assembly.vocabulary),
-        round_trip,
-        *assembly.selection.findings,
-        *check_sampling(assembly.sampling, math.ceil(assembly.total_steps / max(1, assembly.plan.updates_per_epoch))),
-        *check_audio(assembly.sets),
-        *assembly.overlap.findings,
-        *check_precision(assembly.accelerator.mixed_precision, assembly.accelerator.device),
-    ]
-    if has_rows:  # Else there is no batch to try and nothing to divide.
+    findings, utterances = assembly.check_data()
+    findings += check_precision(assembly.accelerator.mixed_precision, assembly.accelerator.device)
+    if len(assembly.selection.rows):  # Else there is no batch to try and nothing to divide.
         findings += [*check_memory(assembly), check_ranks(assembly)]
     findings.append(_check_disk_of_run(assembly))
     return Report(tuple(findings), tuple(utterances), assembly.max_batch_seconds)
@@ -222,7 +207,7 @@ def check_precision(mixed_precision: str, device: torch.device) -> list[Finding]
     return [Finding("precision", result, "warning", f"launch with --mixed_precision {instead}")]
 
 
-def check_memory(assembly: "Assembly") -> list[Finding]:
+def check_memory(assembly: "Foundation") -> list[Finding]:
     """Run the heaviest batches of training and of evaluation on every rank; search the budget where it is `auto`."""
     accelerator, device = assembly.accelerator, assembly.accelerator.device
     gpu = describe_gpu(device)
@@ -245,13 +230,13 @@ def check_memory(assembly: "Assembly") -> list[Finding]:
     return findings
 
 
-def _base_bytes(assembly: "Assembly") -> int:
+def _base_bytes(assembly: "Foundation") -> int:
     """What is held without a batch, on the rank that holds most; garbage and what the heap keeps are not counted."""
     release_memory()
     return _extreme(assembly.accelerator, used_bytes(assembly.accelerator.device), largest=True)
 
 
-def check_ranks(assembly: "Assembly") -> Finding:
+def check_ranks(assembly: "Foundation") -> Finding:
     """Micro-batches and seconds of audio of each rank in the first epoch, from a sample of its updates."""
     plan, cut = assembly.plan, assembly.cut
     count = plan.updates_per_epoch
@@ -304,7 +289,7 @@ def check_disk(folder: Path, needed_bytes: int) -> Finding:
     return Finding("disk", f"{folder}: {result}", "refused", remedy, facts)
 
 
-def disk_bytes(assembly: "Assembly") -> int:
+def disk_bytes(assembly: "Foundation") -> int:
     """What the run will hold on the disk at most.
 
     Checkpoints with two moments per trained weight and, where asked for, its moving average, one more while it is
@@ -318,7 +303,7 @@ def disk_bytes(assembly: "Assembly") -> int:
     return checkpoints * (weights + per_weight * trained * BYTES_PER_WEIGHT) + models * weights
 
 
-def _averaged_models(assembly: "Assembly") -> int:
+def _averaged_models(assembly: "Foundation") -> int:
     """Files of weights in average/ at most: the best, those of the checkpoints that are kept, one being written.
 
     And model/ of the best single evaluation, which is kept there beside an average.
@@ -332,7 +317,7 @@ def _averaged_models(assembly: "Assembly") -> int:
     return min(config.average_best + since, config.average_best * (config.save_total_limit + 1), evaluations) + 2
 
 
-def _check_disk_of_run(assembly: "Assembly") -> Finding:
+def _check_disk_of_run(assembly: "Foundation") -> Finding:
     """By the first rank, which is the one that writes."""
     needed = disk_bytes(assembly)
     if not assembly.config.output_dir:
@@ -352,7 +337,7 @@ def print_report(report: Report) -> None:
     print_table(table)
 
 
-def write_report(folder: Path, report: Report, assembly: "Assembly") -> None:
+def write_report(folder: Path, report: Report, assembly: "Foundation") -> None:
     """`preflight.json`, `drop_list.csv` and `suspects.csv` into a folder that exists."""
     facts = {
         "verdict": worst_verdict(report.findings),
@@ -365,11 +350,11 @@ def write_report(folder: Path, report: Report, assembly: "Assembly") -> None:
     write_suspects(folder / "suspects.csv", assembly.train_set, assembly.selection)
 
 
-def _training_shapes(assembly: "Assembly", cut: CutSettings) -> list[Shape]:
+def _training_shapes(assembly: "Foundation", cut: CutSettings) -> list[Shape]:
     return heaviest_shapes(assembly.training_lengths, assembly.plan.utterances_per_update, cut)
 
 
-def _evaluation_shapes(assembly: "Assembly", cut: CutSettings) -> list[Shape]:
+def _evaluation_shapes(assembly: "Foundation", cut: CutSettings) -> list[Shape]:
     """Of the dev rows that are scored, and of the test set, cut as one update of a single rank each."""
     scored = [assembly.eval_set.num_samples[assembly.eval_rows]]
     if assembly.test_set is not None:
@@ -378,7 +363,7 @@ def _evaluation_shapes(assembly: "Assembly", cut: CutSettings) -> list[Shape]:
     return list(dict.fromkeys(shape for lengths in scored for shape in heaviest_shapes(lengths, len(lengths), alone)))
 
 
-def _probe_everywhere(assembly: "Assembly", shape: Shape, is_training: bool, limit: float) -> Probe:
+def _probe_everywhere(assembly: "Foundation", shape: Shape, is_training: bool, limit: float) -> Probe:
     """One shape on every rank at once: the largest peak, and whether it fits on all.
 
     Raises:
@@ -390,7 +375,7 @@ def _probe_everywhere(assembly: "Assembly", shape: Shape, is_training: bool, lim
     return Probe(shape, int(peak), assembly.status.worst(int(not mine.fits)) == [0])
 
 
-def _set_budget(assembly: "Assembly", limit: float, base: float) -> tuple[Finding, dict[bool, list[Probe]]]:
+def _set_budget(assembly: "Foundation", limit: float, base: float) -> tuple[Finding, dict[bool, list[Probe]]]:
     """Search the budget and use it; what was measured under it is judged as it is, not measured a second time."""
     seconds, measured = _find_budget(assembly, limit, base, is_evaluated=True)
     if seconds is None:
@@ -403,7 +388,7 @@ def _set_budget(assembly: "Assembly", limit: float, base: float) -> tuple[Findin
 
 
 def _find_budget(
-    assembly: "Assembly", limit: float, base: float, is_evaluated: bool
+    assembly: "Foundation", limit: float, base: float, is_evaluated: bool
 ) -> tuple[float | None, dict[bool, list[Probe]]]:
     """The largest --max_batch_seconds that leaves MARGIN of the memory free, the same on every rank.
 
@@ -435,7 +420,7 @@ def _find_budget(
     return search_max_batch_seconds(fits, longest_clip, rows_per_rank * longest_clip, base, usable), measured
 
 
-def _memory_remedy(assembly: "Assembly", limit: float, is_training: bool, fits: bool) -> str:
+def _memory_remedy(assembly: "Foundation", limit: float, is_training: bool, fits: bool) -> str:
     """What would fit, measured; searched for only where something does not."""
     if fits:
         return "--max_batch_seconds auto finds a size that leaves more room"
@@ -447,7 +432,7 @@ def _memory_remedy(assembly: "Assembly", limit: float, is_training: bool, fits: 
     return f"with --max_batch_seconds {seconds:g} it fits, and no update changes"
 
 
-def _single_clip_remedy(assembly: "Assembly", is_training: bool) -> str:
+def _single_clip_remedy(assembly: "Foundation", is_training: bool) -> str:
     if is_training:
         longest = int(assembly.training_lengths.max()) / SAMPLE_RATE_HZ
         checkpointing = "" if assembly.config.gradient_checkpointing else "--gradient_checkpointing, "

@@ -146,8 +146,8 @@ class AppendOnlyTable:
 class TrainingLog(AppendOnlyTable):
     """training_log.csv: one row per logging or evaluation step."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, LOG_COLUMNS)
+    def __init__(self, path: Path, columns: Iterable[str] = tuple(LOG_COLUMNS)) -> None:
+        super().__init__(path, columns)
 
 
 class SampleTable(AppendOnlyTable):

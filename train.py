@@ -20,6 +20,7 @@ import launched  # noqa: F401 - before torch
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -37,16 +38,18 @@ from joined import CORPUS
 from processes import RankStatus, naming_lost_processes, start_processes
 from progress import Progress, format_seconds
 from recovery import failing_by_name
-from run import Run, choose_beginning
+from run import Run
 from runlog import report_line
 from scoring import OTHER_IS_OUT_OF_MEMORY, Evaluation, describe_limits, evaluate, rates, score_in_cuts
 from sharding import whole
 from slices import describe_slice
 from stopping import end_loaders
+from training_run import TrainingRun, choose_beginning
 
 collector.wake()
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+Evaluates = Callable[[TrainingRun, Progress], None]
 # How a rank's try at an update went; the worst of all ranks counts.
 DONE, TRIES_AGAIN, GIVES_UP = range(3)
 # Outside the passes through the model, which are done again in smaller cuts.
@@ -69,7 +72,7 @@ def main() -> None:
                 return
             run = Run(chosen, accelerator)
         with failing_by_name(OUT_OF_MEMORY_REMEDY), run.stop:
-            train(run)
+            train(run, evaluate_and_log, score_before_training)
             finish(run)
     finally:
         end_loaders()
@@ -95,8 +98,14 @@ def begin(config: TrainConfig, accelerator: Accelerator) -> TrainConfig | None:
     return dataclasses.replace(config, resume_from_checkpoint=beginning.resume_from_checkpoint)
 
 
-def train(run: Run) -> None:
-    """The loop: one update, then what is due at this step."""
+def train(run: TrainingRun, evaluate: Evaluates, evaluate_before: Evaluates) -> None:
+    """The loop: one update, then what is due at this step.
+
+    Args:
+        run: of train.py or pretrain.py.
+        evaluate: makes an evaluation and its row of the log.
+        evaluate_before: the same before the first update, of a model that can be scored already.
+    """
     state = run.state
     loader = training_loader(
         run.train_set, run.plan, run.num_labels, run.collate, run.cut, state.step, run.total_steps,
@@ -105,7 +114,8 @@ def train(run: Run) -> None:
     bar = Progress("training", run.total_steps, "updates", run.is_main, start=state.step, seconds_left=run.seconds_left)
     with bar as progress, run.stopping():
         run.meter.start()
-        finish_step(run, progress)  # Step 0, or what a resumed run was stopped from doing.
+        # Step 0, or what a resumed run was stopped from doing.
+        finish_step(run, progress, evaluate, evaluate_before)
         for update in run.clock.waiting(loader):
             if run.is_over:  # Stopped early, now or before a resume.
                 break
@@ -113,12 +123,12 @@ def train(run: Run) -> None:
                 loss_sum, grad_norm = train_step(run, update)
             state.step += 1
             run.work_done.updates += 1
-            run.meter.add(update, loss_sum, grad_norm)
-            finish_step(run, progress)
+            run.count(update, loss_sum, grad_norm)
+            finish_step(run, progress, evaluate, evaluate_before)
             progress.advance(note=run.meter.note)
 
 
-def finish_step(run: Run, progress: Progress) -> None:
+def finish_step(run: TrainingRun, progress: Progress, evaluate: Evaluates, evaluate_before: Evaluates) -> None:
     """Evaluate, log and save, as is due at this step and not done yet."""
     config, step = run.config, run.state.step
     run.stop.check()
@@ -127,9 +137,9 @@ def finish_step(run: Run, progress: Progress) -> None:
     is_last = step == run.total_steps
     if step == 0:
         if run.head_fits:
-            score_before_training(run, progress)
+            evaluate_before(run, progress)
     elif step % config.eval_steps == 0 or is_last:
-        evaluate_and_log(run, progress)
+        evaluate(run, progress)
     elif step % config.logging_steps == 0:
         run.log_training(progress)
     run.state.finished_step = step
@@ -137,7 +147,7 @@ def finish_step(run: Run, progress: Progress) -> None:
         run.save_checkpoint()
 
 
-def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(run: TrainingRun, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step over all micro-batches of `update` on this rank.
 
     The loss is the sum over the update's utterances divided by the update's label count over all ranks, so it does not
@@ -148,7 +158,7 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
         finite, and the gradient norm before clipping.
     """
     accelerator, config = run.accelerator, run.config
-    run.freeze_encoder(update.step < config.freeze_encoder_steps)
+    run.begin_step(update)
     losses = accumulate_gradients(run, update)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for _, loss_B in losses:
@@ -169,7 +179,7 @@ def train_step(run: Run, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
     return loss_sum, grad_norm
 
 
-def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Tensor]]:
+def accumulate_gradients(run: TrainingRun, update: Update) -> list[tuple[Batch, torch.Tensor]]:
     """Forward and backward of this rank's micro-batches; again, in smaller cuts, when memory runs out (trap 29).
 
     The ranks agree before any of them goes on: one that needs another try keeps the others waiting, with their
@@ -194,7 +204,7 @@ def accumulate_gradients(run: Run, update: Update) -> list[tuple[Batch, torch.Te
             return losses
 
 
-def try_update(run: Run, update: Update) -> list[tuple[Batch, torch.Tensor]] | None:
+def try_update(run: TrainingRun, update: Update) -> list[tuple[Batch, torch.Tensor]] | None:
     """The update's passes, or None when memory ran out and smaller cuts may do."""
     if not run.is_sharded:
         return run.cuts.attempt(lambda: pass_micro_batches(run, update))
@@ -206,7 +216,7 @@ def try_update(run: Run, update: Update) -> list[tuple[Batch, torch.Tensor]] | N
     return losses
 
 
-def pass_micro_batches(run: Run, update: Update) -> list[tuple[Batch, torch.Tensor]]:
+def pass_micro_batches(run: TrainingRun, update: Update) -> list[tuple[Batch, torch.Tensor]]:
     """One try at an update, from zero gradients and from the same random state every time."""
     # Dropout and layerdrop are a function of (seed, step, rank), so a resume needs no random state.
     draws = np.random.SeedSequence([run.config.seed, update.step, run.accelerator.process_index])
@@ -214,6 +224,7 @@ def pass_micro_batches(run: Run, update: Update) -> list[tuple[Batch, torch.Tens
     run.model.train()
     run.gradients.zero()
     losses = []
+    run.begin_passes(update)
     for batch in run.cuts.divide(update.micro_batches):
         with run.memory_limit.watch():
             loss_B, objective_B = run.training_losses(batch)

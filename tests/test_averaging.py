@@ -26,9 +26,9 @@ from best_model import is_better
 from clock import PHASE_COLUMNS
 from errors import RunFailed, UsageError
 from metrics import ErrorCounts
-from run import RUN_FILES
 from runlog import read_log
 from scoring import Evaluation
+from training_run import RUN_FILES
 
 MASKS = {"mask_time_prob": 0.4, "mask_time_length": 2, "mask_feature_prob": 0.3, "mask_feature_length": 4}
 

@@ -31,7 +31,6 @@ from architectures import (
 from conftest import REPOSITORY, check_in_this_process, training, write_recipe
 from safetensors.torch import load_file, save_file
 
-import best_model
 import roundtrip
 import run as run_module
 import train
@@ -388,7 +387,7 @@ def saves(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         save_model(loaded, folder, weights)
         seen.append((folder / "model.safetensors").read_bytes())
 
-    monkeypatch.setattr(best_model, "save_model", save_and_remember)
+    monkeypatch.setattr(run_module, "save_model", save_and_remember)
     return seen
 
 
@@ -407,14 +406,14 @@ def test_a_bad_save_ends_the_run_and_replaces_nothing(
     run_dir = tmp_path / "run"
     arguments = ("--config", recipe, "--output_dir", run_dir, "--resume_from_checkpoint", "auto")
     with pytest.MonkeyPatch.context() as patch:
-        remembering = best_model.save_model
+        remembering = run_module.save_model
 
         def save_and_damage(loaded: LoadedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
             remembering(loaded, folder, weights)
             if len(saves) == number:
                 damage(folder)
 
-        patch.setattr(best_model, "save_model", save_and_damage)
+        patch.setattr(run_module, "save_model", save_and_damage)
         assert command(*arguments) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     assert said in line

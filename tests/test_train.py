@@ -62,8 +62,9 @@ from hosts import TOKEN_PREFIX
 from meter import METER_SUMS
 from metrics import ErrorCounts, Score, TextScore
 from processes import start_processes
-from run import Run, RunState
+from run import Run
 from runlog import LOG_COLUMNS, read_log
+from training_run import RunState
 
 TRAINING_COLUMNS = (
     "train_loss", "learning_rate", "grad_norm", "samples_per_second", "audio_seconds_per_second", "padding_fraction",
