@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,9 @@ from stopping import ignore_stop_signals
 from text import TextNormalizer, Vocabulary
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pretraining_data import PretrainingCollator
     from sampling import Sampling
 
 # Length-sorted inside windows of this many updates: padding of 2 to 3 %, and a new partition every epoch.
@@ -429,8 +432,70 @@ def _pad_chunks(chunks: list[np.ndarray], num_samples: np.ndarray, num_processes
     return chunks
 
 
+class PaddedBatch:
+    """What the micro-batches of training and of pre-training share: the audio, and how their rows are cut apart.
+
+    Subclasses are dataclasses with at least ids, rows, input_values_BS, sample_lengths_B and frame_lengths_B.
+    """
+
+    # What the model reads; lengths stay on the CPU, where they steer the shapes.
+    on_device: ClassVar[tuple[str, ...]]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of audio without padding."""
+        return int(self.sample_lengths_B.sum())
+
+    @property
+    def num_padded_samples(self) -> int:
+        """Samples with padding."""
+        return self.input_values_BS.numel()
+
+    def split(self, max_padded_samples: int) -> list["Self"]:
+        """The same rows in consecutive batches of at most `max_padded_samples` each, or of one row, padded anew."""
+        pieces, start = [], 0
+        lengths = self.sample_lengths_B.tolist()
+        while start < len(lengths):
+            stop = start + 1
+            while stop < len(lengths) and (stop + 1 - start) * max(lengths[start : stop + 1]) <= max_padded_samples:
+                stop += 1
+            pieces.append(self if (start, stop) == (0, len(lengths)) else self._rows(start, stop))
+            start = stop
+        return pieces
+
+    def _rows(self, start: int, stop: int) -> "Self":
+        samples = int(self.sample_lengths_B[start:stop].max())
+        return replace(
+            self,
+            ids=self.ids[start:stop],
+            rows=self.rows[start:stop],
+            input_values_BS=self.input_values_BS[start:stop, :samples].contiguous(),
+            sample_lengths_B=self.sample_lengths_B[start:stop],
+            frame_lengths_B=self.frame_lengths_B[start:stop],
+            **self._fields_of_rows(start, stop),
+        )
+
+    def _fields_of_rows(self, start: int, stop: int) -> dict[str, Any]:
+        """Those of the subclass's own fields that rows start .. stop have another value of."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device) -> "Self":
+        """The tensors that the model reads, on `device`."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in self.on_device
+            if getattr(self, name) is not None
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> "Self":
+        """Page-locked copies, called by DataLoader."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+
 @dataclass(frozen=True)
-class Batch:
+class Batch(PaddedBatch):
     """One padded micro-batch.
 
     Attributes:
@@ -464,64 +529,47 @@ class Batch:
     other_time_mask_BT: torch.Tensor | None = None
     other_feature_mask_BH: torch.Tensor | None = None
 
-    @property
-    def num_samples(self) -> int:
-        """Samples of audio without padding."""
-        return int(self.sample_lengths_B.sum())
+    on_device = ("input_values_BS", "labels_L", *MASKS)
 
-    @property
-    def num_padded_samples(self) -> int:
-        """Samples with padding."""
-        return self.input_values_BS.numel()
-
-    def split(self, max_padded_samples: int) -> list["Batch"]:
-        """The same rows in consecutive batches of at most `max_padded_samples` each, or of one row, padded anew."""
-        pieces, start = [], 0
-        lengths = self.sample_lengths_B.tolist()
-        while start < len(lengths):
-            stop = start + 1
-            while stop < len(lengths) and (stop + 1 - start) * max(lengths[start : stop + 1]) <= max_padded_samples:
-                stop += 1
-            pieces.append(self._rows(start, stop))
-            start = stop
-        return pieces
-
-    def _rows(self, start: int, stop: int) -> "Batch":
-        if (start, stop) == (0, len(self.ids)):
-            return self
-        samples = int(self.sample_lengths_B[start:stop].max())
+    def _fields_of_rows(self, start: int, stop: int) -> dict[str, Any]:
         label_ends = [0, *self.label_lengths_B.cumsum(0).tolist()]
         # As many frames of the masks as the shorter rows have; which those are is known where they were drawn.
         frames = int(self.frame_lengths_B[start:stop].max())
         masks = {name: getattr(self, name) for name in MASKS if getattr(self, name) is not None}
         masks = {name: mask[start:stop, : frames if name in TIME_MASKS else None] for name, mask in masks.items()}
-        return replace(
-            self,
-            ids=self.ids[start:stop],
-            rows=self.rows[start:stop],
-            texts=self.texts[start:stop],
-            raw_texts=self.raw_texts[start:stop],
-            input_values_BS=self.input_values_BS[start:stop, :samples].contiguous(),
-            sample_lengths_B=self.sample_lengths_B[start:stop],
-            frame_lengths_B=self.frame_lengths_B[start:stop],
-            labels_L=self.labels_L[label_ends[start] : label_ends[stop]],
-            label_lengths_B=self.label_lengths_B[start:stop],
+        return {
+            "texts": self.texts[start:stop],
+            "raw_texts": self.raw_texts[start:stop],
+            "labels_L": self.labels_L[label_ends[start] : label_ends[stop]],
+            "label_lengths_B": self.label_lengths_B[start:stop],
             **masks,
-        )
-
-    def to(self, device: torch.device) -> "Batch":
-        """The tensors that the model reads, on `device`; lengths stay on the CPU, where they steer the shapes."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_values_BS", "labels_L", *MASKS)
-            if getattr(self, name) is not None
         }
-        return replace(self, **moved)
 
-    def pin_memory(self) -> "Batch":
-        """Page-locked copies, called by DataLoader."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: v.pin_memory() for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+def hear(
+    utterances: Sequence[Utterance],
+    rows: np.ndarray,
+    epoch: int | None,
+    copies: np.ndarray,
+    augmenter: Augmenter | None,
+    do_normalize: bool,
+) -> tuple[np.ndarray, list[int]]:
+    """The waveforms of a micro-batch as the model gets them, padded: float32 [B, S], and their lengths.
+
+    Augmented where `epoch` is given (training) and there is an augmenter; scaled to zero mean and unit variance where
+    the checkpoint's feature extractor says so.
+    """
+    signals = [utterance.audio.astype(np.float32) * np.float32(INT16_STEP) for utterance in utterances]
+    if epoch is not None and augmenter is not None:
+        places = zip(signals, rows.tolist(), copies.tolist(), strict=True)
+        signals = [augmenter(signal_S, row, epoch, copy) for signal_S, row, copy in places]
+    lengths = [len(signal_S) for signal_S in signals]
+    padded = np.zeros((len(utterances), max(lengths)), np.float32)
+    for row, signal_S in zip(padded, signals, strict=True):
+        if do_normalize:
+            signal_S = (signal_S - signal_S.mean()) / np.sqrt(signal_S.var() + VARIANCE_FLOOR)
+        row[: len(signal_S)] = signal_S
+    return padded, lengths
 
 
 @dataclass(frozen=True)
@@ -560,14 +608,7 @@ class Collator:
         texts = [self.normalizer(utterance.text) for utterance in utterances]
         labels = [self.vocabulary.encode(text) for text in texts]
         copies = np.zeros(len(rows), np.int64) if copies is None else copies
-        signals = [utterance.audio.astype(np.float32) * np.float32(INT16_STEP) for utterance in utterances]
-        if epoch is not None and self.augmenter is not None:
-            places = zip(signals, rows.tolist(), copies.tolist(), strict=True)
-            signals = [self.augmenter(signal_S, row, epoch, copy) for signal_S, row, copy in places]
-        lengths = [len(signal_S) for signal_S in signals]
-        padded = np.zeros((len(utterances), max(lengths)), np.float32)
-        for row, signal_S in zip(padded, signals, strict=True):
-            row[: len(signal_S)] = self._scale(signal_S)
+        padded, lengths = hear(utterances, rows, epoch, copies, self.augmenter, self.do_normalize)
         kernels, strides = self.hf_config.conv_kernel, self.hf_config.conv_stride
         frames = [num_frames(length, kernels, strides) for length in lengths]
         of_training = {} if epoch is None else self._masks(frames, rows, epoch, copies) | {"num_views": self.num_views}
@@ -587,11 +628,6 @@ class Collator:
     def lengths(self, rows: np.ndarray, num_samples: np.ndarray, epoch: int, copies: np.ndarray) -> np.ndarray:
         """Samples that training utterances of `num_samples` will have, [N]: known before any is read."""
         return num_samples if self.augmenter is None else self.augmenter.lengths(rows, epoch, copies)
-
-    def _scale(self, signal_S: np.ndarray) -> np.ndarray:
-        if self.do_normalize:
-            signal_S = (signal_S - signal_S.mean()) / np.sqrt(signal_S.var() + VARIANCE_FLOOR)
-        return signal_S
 
     def _masks(
         self, frames: list[int], rows: np.ndarray, epoch: int, copies: np.ndarray
@@ -631,7 +667,8 @@ class Update:
     Attributes:
         step: optimizer steps before this one, from 0.
         epoch: pass over the data, from 0.
-        num_labels: labels of the whole update over all ranks; the loss is divided by it.
+        num_labels: labels (in pre-training: masked frames) of the whole update over all ranks; the loss is divided
+            by it.
         num_utterances: utterances of the whole update over all ranks.
         micro_batches: this rank's cuts, longest first; a rank without utterances has none.
     """
@@ -640,7 +677,7 @@ class Update:
     epoch: int
     num_labels: int
     num_utterances: int
-    micro_batches: list[Batch]
+    micro_batches: list[PaddedBatch]
 
     def pin_memory(self) -> "Update":
         """Page-locked copies, called by DataLoader."""
@@ -666,15 +703,21 @@ class _Updates(Dataset):
     """What the loader's workers hold: from (step, epoch, positions, copies) to an `Update` of this rank."""
 
     def __init__(
-        self, dataset: ShardDataset, plan: BatchPlan, num_labels: np.ndarray, collate: Collator, cut: CutSettings
+        self,
+        dataset: ShardDataset,
+        plan: BatchPlan,
+        num_labels: np.ndarray | None,
+        collate: "Collator | PretrainingCollator",
+        cut: CutSettings,
     ) -> None:
         self.dataset, self.plan, self.num_labels, self.collate, self.cut = dataset, plan, num_labels, collate, cut
 
     def __getitem__(self, planned: tuple[int, int, np.ndarray, np.ndarray]) -> Update:
         step, epoch, positions, copies = planned
         rows = self.plan.rows[positions]
+        lengths = self.collate.lengths(rows, self.plan.num_samples[positions], epoch, copies)
         cuts = cut_update(
-            self.collate.lengths(rows, self.plan.num_samples[positions], epoch, copies),
+            lengths,
             self.cut.num_processes,
             self.cut.max_utterances,
             self.cut.max_batch_samples,
@@ -685,16 +728,20 @@ class _Updates(Dataset):
             if len(own):
                 utterances = [self.dataset[int(row)] for row in rows[own]]
                 micro_batches.append(self.collate(utterances, rows[own], epoch, copies[own]))
-        return Update(step, epoch, int(self.num_labels[positions].sum()), len(positions), micro_batches)
+        if self.num_labels is None:
+            labels = self.collate.count_targets(rows, lengths, epoch, copies)
+        else:
+            labels = self.num_labels[positions]
+        return Update(step, epoch, int(labels.sum()), len(positions), micro_batches)
 
 
 class _Batches(Dataset):
     """What the evaluation loader's workers hold: from rows to a `Batch`."""
 
-    def __init__(self, dataset: ShardDataset, collate: Collator) -> None:
+    def __init__(self, dataset: ShardDataset, collate: "Collator | PretrainingCollator") -> None:
         self.dataset, self.collate = dataset, collate
 
-    def __getitem__(self, rows: np.ndarray) -> Batch:
+    def __getitem__(self, rows: np.ndarray) -> PaddedBatch:
         return self.collate([self.dataset[int(row)] for row in rows], rows)
 
 
@@ -714,8 +761,8 @@ class _PlannedUpdates:
 def training_loader(
     dataset: ShardDataset,
     plan: BatchPlan,
-    num_labels: np.ndarray,
-    collate: Collator,
+    num_labels: np.ndarray | None,
+    collate: "Collator | PretrainingCollator",
     cut: CutSettings,
     first_step: int,
     last_step: int,
@@ -726,7 +773,7 @@ def training_loader(
     Args:
         dataset: the training split.
         plan: the updates.
-        num_labels: labels per utterance of the plan, [N].
+        num_labels: labels per utterance of the plan, [N]; None to ask `collate.count_targets`, update by update.
         collate: pads a micro-batch.
         cut: this rank's share.
         first_step: optimizer steps already done.
@@ -738,9 +785,13 @@ def training_loader(
 
 
 def evaluation_loader(
-    dataset: ShardDataset, rows: np.ndarray, collate: Collator, cut: CutSettings, num_workers: int
+    dataset: ShardDataset,
+    rows: np.ndarray,
+    collate: "Collator | PretrainingCollator",
+    cut: CutSettings,
+    num_workers: int,
 ) -> DataLoader:
-    """Yield this rank's `Batch`es of `rows`: each row on one rank, once; ranks may differ by one batch."""
+    """Yield this rank's batches of `rows`: each row on one rank, once; ranks may differ by one batch."""
     one_process = cut_update(dataset.num_samples[rows], 1, cut.max_utterances, cut.max_batch_samples)
     batches = [rows[positions] for (positions,) in one_process]
     return _loader(_Batches(dataset, collate), batches[cut.rank :: cut.num_processes], num_workers)

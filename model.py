@@ -256,7 +256,7 @@ ATTENTION_MASKS = {"sdpa": _boolean_mask, "eager": _additive_mask, "keys": lambd
 
 
 class _Passing:
-    """Holds the batch that is passing through the model; shared by CTCModel and the modules that it changed."""
+    """Holds the batch that is passing through the model; shared by the model and the modules that it changed."""
 
     def __init__(self) -> None:
         self.batch: _Batch | None = None
@@ -318,11 +318,11 @@ class ValidGroupNorm(nn.GroupNorm):
         return normalised.to(hidden_BCT.dtype)
 
 
-class CTCModel(nn.Module):
-    """A transformers `*ForCTC` (`.hf`) whose logits do not depend on an utterance's neighbours.
+class EncoderModel(nn.Module):
+    """A transformers model (`.hf`) whose encoder hears each utterance alone; what it predicts, subclasses say."""
 
-    One utterance alone in fp32 gives transformers' logits exactly.
-    """
+    # Whether frames are masked outside of training too, where a batch says which.
+    masks_in_evaluation = False
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
@@ -336,12 +336,16 @@ class CTCModel(nn.Module):
         self._install_valid_group_norm(encoder.feature_extractor.conv_layers)
         self._install_padding_guards(encoder)
         self._install_attention_masks(encoder.encoder.layers)
-        self.masks_time = masked_axes(hf.config)[0]
+        self.masks_time = self._masks_time()
         # What never gets a gradient is not trained; DistributedDataParallel would wait for it.
         if hasattr(encoder, "masked_spec_embed") and not self.masks_time:
             encoder.masked_spec_embed.requires_grad_(False)
         if hf.config.model_type == "wav2vec2-conformer":
             encoder.encoder.pos_conv_embed.requires_grad_(False)
+
+    def _masks_time(self) -> bool:
+        """Whether frames are masked at all."""
+        return masked_axes(self.hf.config)[0]
 
     def _install_valid_group_norm(self, conv_layers: nn.ModuleList) -> None:
         for index, layer in enumerate(conv_layers):
@@ -380,7 +384,7 @@ class CTCModel(nn.Module):
             return None
         return (inputs[0].masked_fill(~batch.valid_BT[:, None], 0),)
 
-    def train(self, mode: bool = True) -> "CTCModel":
+    def train(self, mode: bool = True) -> "EncoderModel":
         """As nn.Module.train, but batch norm (HuBERT variants, conformers) keeps its pre-trained statistics.
 
         Statistics of a batch would make an utterance depend on its neighbours, and ranks differ.
@@ -404,6 +408,70 @@ class CTCModel(nn.Module):
         """Stop training the convolutions; their forward pass builds no graph."""
         self.hf.freeze_feature_encoder()
 
+    @contextlib.contextmanager
+    def _passing_batch(
+        self,
+        input_values_BS: Tensor,
+        sample_lengths_B: Tensor | Sequence[int],
+        time_mask_BT: Tensor | None = None,
+        feature_mask_BH: Tensor | None = None,
+        num_views: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What a forward pass of `.hf` stands in: gives input_values_BS, and frame_lengths_B on the CPU."""
+        config = self.hf.config
+        lengths = sample_lengths_B.tolist() if isinstance(sample_lengths_B, Tensor) else list(sample_lengths_B)
+        shortfall = self.receptive_field - input_values_BS.shape[1]
+        if shortfall > 0:  # A clip of no frame is still scored: it has an empty hypothesis.
+            input_values_BS = F.pad(input_values_BS, (0, shortfall))
+        samples = input_values_BS.shape[1]
+        frame_lengths_B = num_frames(torch.tensor(lengths), config.conv_kernel, config.conv_stride)
+        frames = num_frames(samples, config.conv_kernel, config.conv_stride)
+        batch = _Batch(
+            num_samples=lengths,
+            is_padded=min(lengths) < samples,
+            num_views=num_views,
+            valid_BT=_valid(frame_lengths_B, frames, input_values_BS.device).repeat(num_views, 1),
+            time_mask_BT=time_mask_BT,
+            feature_mask_BH=feature_mask_BH,
+        )
+        # Without an attention mask: the layers and the padding guards know the lengths from the batch.
+        with self._passing.through(batch):
+            yield input_values_BS, frame_lengths_B
+
+    @functools.cached_property
+    def receptive_field(self) -> int:
+        """Samples that one frame sees; a clip shorter than this has no frame."""
+        samples = 1
+        for kernel, stride in zip(
+            reversed(self.hf.config.conv_kernel), reversed(self.hf.config.conv_stride), strict=True
+        ):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
+    def _mask_hidden_states(self, hidden_BTH: Tensor, **_: Any) -> Tensor:
+        """Replaces the method of transformers' encoder: the masks are those given to forward."""
+        batch = self._passing.batch
+        time_mask_BT = batch.time_mask_BT if batch is not None else None
+        masks = self.training or self.masks_in_evaluation
+        if masks and self.masks_time:
+            if time_mask_BT is None:
+                # The mask embedding stays in the graph, so that no rank waits for its gradient.
+                time_mask_BT = hidden_BTH.new_zeros(hidden_BTH.shape[:2], dtype=torch.bool)
+            embedding_H = self.hf.base_model.masked_spec_embed.to(hidden_BTH.dtype)
+            hidden_BTH = torch.where(time_mask_BT[..., None], embedding_H, hidden_BTH)
+        if masks and batch is not None and batch.feature_mask_BH is not None:
+            hidden_BTH = hidden_BTH.masked_fill(batch.feature_mask_BH[:, None], 0)
+        if batch is not None and batch.is_padded:
+            hidden_BTH = hidden_BTH.masked_fill(~batch.valid_BT[..., None], 0)
+        return hidden_BTH
+
+
+class CTCModel(EncoderModel):
+    """A transformers `*ForCTC` whose logits do not depend on an utterance's neighbours.
+
+    One utterance alone in fp32 gives transformers' logits exactly.
+    """
+
     def forward(
         self,
         input_values_BS: Tensor,
@@ -425,52 +493,10 @@ class CTCModel(nn.Module):
         Returns:
             logits_BTV, and frame_lengths_B: valid frames per row, int64 on the CPU. Logits behind them mean nothing.
         """
-        config = self.hf.config
-        lengths = sample_lengths_B.tolist() if isinstance(sample_lengths_B, Tensor) else list(sample_lengths_B)
-        shortfall = self.receptive_field - input_values_BS.shape[1]
-        if shortfall > 0:  # A clip of no frame is still scored: it has an empty hypothesis.
-            input_values_BS = F.pad(input_values_BS, (0, shortfall))
-        samples = input_values_BS.shape[1]
-        frame_lengths_B = num_frames(torch.tensor(lengths), config.conv_kernel, config.conv_stride)
-        frames = num_frames(samples, config.conv_kernel, config.conv_stride)
-        batch = _Batch(
-            num_samples=lengths,
-            is_padded=min(lengths) < samples,
-            num_views=num_views,
-            valid_BT=_valid(frame_lengths_B, frames, input_values_BS.device).repeat(num_views, 1),
-            time_mask_BT=time_mask_BT,
-            feature_mask_BH=feature_mask_BH,
-        )
-        with self._passing.through(batch):
-            # Without an attention mask: the layers and the padding guards know the lengths from the batch.
+        inputs = input_values_BS, sample_lengths_B, time_mask_BT, feature_mask_BH, num_views
+        with self._passing_batch(*inputs) as (input_values_BS, frame_lengths_B):
             logits_BTV = self.hf(input_values_BS).logits
         return logits_BTV, frame_lengths_B
-
-    @functools.cached_property
-    def receptive_field(self) -> int:
-        """Samples that one frame sees; a clip shorter than this has no frame."""
-        samples = 1
-        for kernel, stride in zip(
-            reversed(self.hf.config.conv_kernel), reversed(self.hf.config.conv_stride), strict=True
-        ):
-            samples = (samples - 1) * stride + kernel
-        return samples
-
-    def _mask_hidden_states(self, hidden_BTH: Tensor, **_: Any) -> Tensor:
-        """Replaces the method of transformers' encoder: the masks are those given to forward, in evaluation none."""
-        batch = self._passing.batch
-        time_mask_BT = batch.time_mask_BT if batch is not None else None
-        if self.training and self.masks_time:
-            if time_mask_BT is None:
-                # The mask embedding stays in the graph, so that no rank waits for its gradient.
-                time_mask_BT = hidden_BTH.new_zeros(hidden_BTH.shape[:2], dtype=torch.bool)
-            embedding_H = self.hf.base_model.masked_spec_embed.to(hidden_BTH.dtype)
-            hidden_BTH = torch.where(time_mask_BT[..., None], embedding_H, hidden_BTH)
-        if self.training and batch is not None and batch.feature_mask_BH is not None:
-            hidden_BTH = hidden_BTH.masked_fill(batch.feature_mask_BH[:, None], 0)
-        if batch is not None and batch.is_padded:
-            hidden_BTH = hidden_BTH.masked_fill(~batch.valid_BT[..., None], 0)
-        return hidden_BTH
 
 
 def _valid(lengths_B: Tensor, length: int, device: torch.device) -> Tensor:

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CTC_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
     Wav2Vec2CTCTokenizer,
@@ -43,12 +44,22 @@ from audio import SAMPLE_RATE_HZ
 from errors import UsageError
 from integrity import hash_file
 from model import CTCModel
+from pretraining import PretrainingModel
 from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer, build_vocabulary, resolve_case
 
 if TYPE_CHECKING:
-    from config import TrainConfig
+    from config import PretrainConfig, TrainConfig
 
 HUB_TIMEOUT_SECONDS = 10
+# Families whose pre-training is wav2vec 2.0's, and why the others' is not.
+PRETRAINING_FAMILIES = ("wav2vec2", "wav2vec2-conformer")
+OTHER_OBJECTIVES = {
+    "hubert": "predicts clusters of an earlier model",
+    "wavlm": "predicts clusters of an earlier model",
+    "data2vec-audio": "predicts what a slower copy of itself hears",
+    "unispeech": "learns from transcripts too, and transformers has no loss for it",
+    "unispeech-sat": "learns from clusters and speakers, and transformers has no loss for it",
+}
 # Families that take waveforms and whose frame count follows from the convolutions alone.
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio", "wav2vec2-conformer")
 # Any other attention named by a config.json would be fetched from the Hub and run.
@@ -126,9 +137,7 @@ def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterabl
     hf_config = _read_config(folder)
     _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
     _check_architecture(hf_config, folder)
-    has_weights = [name for name in WEIGHT_FILES if (folder / name).is_file()]
-    if not has_weights:
-        raise UsageError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} is needed")
+    weights_file = _find_weights(folder)
     tokenizer = _read_tokenizer(folder, hf_config.vocab_size, is_needed=config.vocabulary in ("auto", "model"))
     labels, notes = _choose_vocabulary(config, tokenizer, training_texts)
     same_labels = tokenizer is not None and labels == tokenizer.get_vocab()
@@ -136,7 +145,7 @@ def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterabl
 
     trained_outputs = hf_config.vocab_size
     _set_vocabulary(hf_config, tokenizer, len(labels))
-    weights = _read_weights(folder, hf_config, has_weights[0], config.seed)
+    weights = _read_weights(folder, hf_config, weights_file, config.seed, RECOGNITION)
     hf = weights.model
     head_fits = same_labels and weights.has_head and trained_outputs == len(labels)
     if not head_fits:
@@ -420,11 +429,39 @@ class _Weights:
         return notes
 
 
-def _read_weights(folder: Path, hf_config: PretrainedConfig, weights: str, seed: int) -> _Weights:
+def _find_weights(folder: Path) -> str:
+    found = [name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise UsageError(f"{folder} holds no weights: one of {', '.join(WEIGHT_FILES)} is needed")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class _Purpose:
+    """Which class of transformers a checkpoint is read into, and which of the keys need not match."""
+
+    classes: Mapping[type, type[PreTrainedModel]]
+    missing: re.Pattern[str]
+    unexpected: re.Pattern[str]
+    around: Callable[[PretrainedConfig], contextlib.AbstractContextManager]
+
+
+RECOGNITION = _Purpose(
+    MODEL_FOR_CTC_MAPPING, MISSING_ALLOWED, UNEXPECTED_ALLOWED, lambda _: contextlib.nullcontext()
+)  # fmt: skip
+PRETRAINING = _Purpose(
+    MODEL_FOR_PRETRAINING_MAPPING,
+    re.compile(r"((quantizer|project_q|project_hid)\..+|(\w+\.)?masked_spec_embed)$"),
+    re.compile(r"lm_head\.(weight|bias)$"),
+    lambda hf_config: _with_mask_embedding(hf_config),
+)
+
+
+def _read_weights(folder: Path, hf_config: PretrainedConfig, weights: str, seed: int, purpose: _Purpose) -> _Weights:
     """Read safetensors, or .bin without running code; refuse keys that are not on the allow-list."""
     try:
-        with _seeded(seed):
-            hf, info = MODEL_FOR_CTC_MAPPING[type(hf_config)].from_pretrained(
+        with _seeded(seed), purpose.around(hf_config):
+            hf, info = purpose.classes[type(hf_config)].from_pretrained(
                 folder,
                 config=hf_config,
                 # Master weights are fp32 whatever the file holds; autocast does the rest.
@@ -440,8 +477,8 @@ def _read_weights(folder: Path, hf_config: PretrainedConfig, weights: str, seed:
     if misshapen:
         raise UsageError(f"{folder}: weights and config.json disagree on the shape of {_some(misshapen)}")
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-    lacking = {key for key in missing if not MISSING_ALLOWED.match(key)}
-    foreign = {key for key in unexpected if not UNEXPECTED_ALLOWED.match(key)}
+    lacking = {key for key in missing if not purpose.missing.match(key)}
+    foreign = {key for key in unexpected if not purpose.unexpected.match(key)}
     if lacking or foreign:
         parts = [f"missing: {_some(lacking)}"] if lacking else []
         parts += [f"unexpected: {_some(foreign)}"] if foreign else []
@@ -473,6 +510,118 @@ def _default_feature_extractor(hf_config: PretrainedConfig) -> tuple[Wav2Vec2Fea
     masked = getattr(hf_config, "feat_extract_norm", "layer") == "layer"
     extractor = Wav2Vec2FeatureExtractor(sampling_rate=SAMPLE_RATE_HZ, do_normalize=True, return_attention_mask=masked)
     return extractor, ["feature extractor: the checkpoint has none; waveforms get zero mean and unit variance"]
+
+
+# --- Pre-training --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadedPretraining:
+    """A model to pre-train with the feature extractor that belongs to it."""
+
+    model: PretrainingModel
+    feature_extractor: Wav2Vec2FeatureExtractor
+    notes: list[str]
+    """What happened and must be said aloud: weights that were drawn anew, a head that was dropped."""
+
+
+def load_pretraining_model(config: "PretrainConfig") -> LoadedPretraining:
+    """Load a checkpoint to pre-train further, or build a model from `config.model_config` with random weights.
+
+    The masks of the checkpoint's configuration are not touched: they are those of the fine-tuning to come.
+
+    Args:
+        config: of its settings model_name_or_path, model_config, model_overrides, encoder_settings,
+            freeze_feature_encoder, gradient_checkpointing and seed.
+
+    Raises:
+        UsageError: for everything that is wrong with the checkpoint or the configuration, and for a family without
+            such a model.
+    """
+    with _quiet_transformers():
+        if config.model_name_or_path is not None:
+            return _load_pretraining_checkpoint(config)
+        fields = dict(config.model_config)
+        hf_config = CONFIG_MAPPING[_pretraining_family(fields.pop("model_type", None), "model_config")]()
+        _override(hf_config, fields, "model_config")
+        _prepare_pretraining_config(hf_config, config, "model_config")
+        try:
+            with _seeded(config.seed), _with_mask_embedding(hf_config):
+                hf = MODEL_FOR_PRETRAINING_MAPPING[type(hf_config)](hf_config)
+        except UNREADABLE as error:
+            raise UsageError(
+                f"model_config does not make a {hf_config.model_type} model: {_one_line(error)}"
+            ) from error
+        notes = [f"model: {hf_config.model_type} with random weights"]
+        return _assemble_pretraining(config, hf, _default_feature_extractor(hf_config)[0], notes)
+
+
+def _load_pretraining_checkpoint(config: "PretrainConfig") -> LoadedPretraining:
+    folder = find_checkpoint_folder(config.model_name_or_path)
+    hf_config = _read_config(folder)
+    _pretraining_family(hf_config.model_type, folder / "config.json")
+    _prepare_pretraining_config(hf_config, config, folder)
+    weights = _read_weights(folder, hf_config, _find_weights(folder), config.seed, PRETRAINING)
+    weights.model.config.mask_time_prob = hf_config.mask_time_prob  # of a copy that transformers made meanwhile
+    feature_extractor, said = _read_feature_extractor(folder, hf_config)
+    return _assemble_pretraining(config, weights.model, feature_extractor, weights.notes() + said)
+
+
+def _pretraining_family(family: Any, source: object) -> str:
+    if family in PRETRAINING_FAMILIES:
+        return family
+    reason = OTHER_OBJECTIVES.get(family, "has no such model in transformers")
+    raise UsageError(
+        f"{source}: model_type is {family!r}, which {reason}; pre-training continues {', '.join(PRETRAINING_FAMILIES)}"
+    )
+
+
+def _prepare_pretraining_config(hf_config: PretrainedConfig, config: "PretrainConfig", source: object) -> None:
+    _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
+    _check_architecture(hf_config, source)
+    if hf_config.num_negatives < 1 or hf_config.contrastive_logits_temperature <= 0:
+        raise UsageError(
+            f"{source}: num_negatives is {hf_config.num_negatives} and contrastive_logits_temperature "
+            f"{hf_config.contrastive_logits_temperature}; at least 1, and above 0, are needed"
+        )
+
+
+@contextlib.contextmanager
+def _with_mask_embedding(hf_config: PretrainedConfig) -> Iterator[None]:
+    """Models made inside have an embedding of masked frames, even where fine-tuning shall mask nothing."""
+    own = hf_config.mask_time_prob
+    hf_config.mask_time_prob = max(own, 1e-6)
+    try:
+        yield
+    finally:
+        hf_config.mask_time_prob = own
+
+
+def _assemble_pretraining(
+    config: "PretrainConfig", hf: PreTrainedModel, feature_extractor: Wav2Vec2FeatureExtractor, notes: list[str]
+) -> LoadedPretraining:
+    model = PretrainingModel(hf)
+    if config.freeze_feature_encoder:
+        model.freeze_feature_encoder()
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return LoadedPretraining(model, feature_extractor, notes)
+
+
+def save_pretraining_model(
+    loaded: LoadedPretraining, folder: Path | str, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write weights and feature extractor in Hugging Face format, to fine-tune with train.py --vocabulary train.
+
+    Args:
+        loaded: the model and what belongs to it.
+        folder: to write.
+        weights: as for `save_model`.
+    """
+    with _quiet_transformers():
+        own = None if weights is None else dict(weights)
+        loaded.model.hf.save_pretrained(folder, state_dict=own, save_original_format=False)
+        loaded.feature_extractor.save_pretrained(folder)
 
 
 # --- Saving --------------------------------------------------------------------------------------------------------
