@@ -287,7 +287,7 @@ class BestModel:
                 shutil.rmtree(temporary, ignore_errors=True)  # The next checkpoint may need the room.
                 raise
         try:
-            roundtrip.check_written(temporary, weights)
+            self._check_written(temporary, weights)
             if is_first:
                 self._check_opening(temporary)
         except RunFailed as error:
@@ -298,6 +298,9 @@ class BestModel:
         if run.state.best_weights == AVERAGE:
             averaging.put_average(run.folder)
         replace_folder(temporary, run.folder / "model")
+
+    def _check_written(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        roundtrip.check_written(folder, weights)
 
     def _fill(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         run = self.run

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from errors import UsageError
-from levers import Augmentation, Rates, Regularisation, Selection
+from levers import Augmentation, Course, Dropouts, PretrainingMasks, Rates, Regularisation, Selection
 from text import DEFAULT_RULES
 
 Config = TypeVar("Config")
@@ -121,13 +121,6 @@ class RunSettings:
     """YAML only: a Hugging Face model configuration with `model_type`, to train from random weights."""
     model_overrides: dict[str, Any] | None = None
     """YAML only: fields of the checkpoint's configuration to change, such as dropouts and masking."""
-    vocabulary: str = "auto"
-    """`model`: the checkpoint's; `train`: built from the training text; `large_960h`: the 32 tokens of
-    facebook/wav2vec2-large-960h; a vocab.json; `auto`: the checkpoint's where it has one, else `train`."""
-    characters_to_ignore: str = DEFAULT_CHARACTERS_TO_IGNORE
-    """Characters removed from transcripts, written without separators."""
-    case: Literal["auto", "upper", "lower", "keep"] = "auto"
-    """Case of the transcripts; `auto` takes the vocabulary's, and lower case for a vocabulary built from text."""
     freeze_feature_encoder: bool = True
     """Keep the convolutional feature encoder as it is."""
     gradient_checkpointing: bool = False
@@ -135,28 +128,14 @@ class RunSettings:
 
     train_fraction: float = 1.0
     """Share of the training utterances to use, drawn by the seed."""
-    train_rest: bool = False
-    """Use the utterances that --train_fraction leaves out: two runs on disjoint parts, each of which can judge what it
-    has not heard (evaluate.py --rank_train --other_half)."""
     max_train_samples: int | None = None
     """Use at most this many training utterances."""
-    eval_split: Literal["dev", "train"] = "dev"
-    """Evaluate on `dev`; `train` scores the utterances that train, to see whether a model can learn them by heart."""
     max_eval_samples: int | None = None
     """Evaluate on a fixed, seeded subset of this size."""
     min_duration_in_seconds: float = 0.1
     """Shorter training clips are left out; dev and test are always scored whole."""
     max_duration_in_seconds: float = 20.0
     """Longer training clips are left out; dev and test are always scored whole."""
-    prune_suspects: bool = False
-    """Leave out training clips whose labels per second lie outside the corpus' own range (suspects.csv)."""
-    prune_list: str | None = None
-    """Leave out the training clips of a file: train_ranking.csv of evaluate.py --rank_train (those that it suggests),
-    any table with a column `id`, or a text with an id per line."""
-    prune_fraction: float | None = None
-    """Leave out this share of a train_ranking.csv, the worst, instead of those that it suggests."""
-    do_predict: bool = True
-    """Score the test split with the best model at the end (and before training, where the head fits)."""
 
     per_device_train_batch_size: int = 8
     """Utterances per micro-batch; x gradient_accumulation_steps x processes = utterances per update."""
@@ -207,8 +186,6 @@ class RunSettings:
     bad_batches.csv."""
     report_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)
     """Trackers to write to besides training_log.csv."""
-    demo_corpus: bool = False
-    """Make and prepare the built-in corpus of spoken digits in data_dir when it is not there."""
 
     @property
     def data_dirs(self) -> list[Path]:
@@ -258,10 +235,6 @@ class RunSettings:
                 found.append(f"--{name} is {value}, it must be above 0")
         if not 0 < self.train_fraction <= 1:
             found.append(f"--train_fraction is {self.train_fraction}, it must lie in (0, 1]")
-        if self.train_rest and (self.train_fraction == 1 or self.max_train_samples is not None):
-            found.append("--train_rest needs a --train_fraction below 1, and no --max_train_samples")
-        if self.prune_fraction is not None and not (self.prune_list and 0 < self.prune_fraction < 1):
-            found.append(f"--prune_fraction is {self.prune_fraction}, it must lie in (0, 1) and needs --prune_list")
         if self.max_steps < 1 and self.max_steps != -1:
             found.append(f"--max_steps is {self.max_steps}, give at least 1, or -1 to count epochs")
         if self.min_duration_in_seconds > self.max_duration_in_seconds:
@@ -275,7 +248,45 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
-class TrainConfig(Augmentation, Regularisation, Rates, Selection, RunSettings):
+class TextSettings:
+    """What of the texts is learned, which utterances are, and which are scored."""
+
+    vocabulary: str = "auto"
+    """`model`: the checkpoint's; `train`: built from the training text; `large_960h`: the 32 tokens of
+    facebook/wav2vec2-large-960h; a vocab.json; `auto`: the checkpoint's where it has one, else `train`."""
+    characters_to_ignore: str = DEFAULT_CHARACTERS_TO_IGNORE
+    """Characters removed from transcripts, written without separators."""
+    case: Literal["auto", "upper", "lower", "keep"] = "auto"
+    """Case of the transcripts; `auto` takes the vocabulary's, and lower case for a vocabulary built from text."""
+    train_rest: bool = False
+    """Use the utterances that --train_fraction leaves out: two runs on disjoint parts, each of which can judge what it
+    has not heard (evaluate.py --rank_train --other_half)."""
+    eval_split: Literal["dev", "train"] = "dev"
+    """Evaluate on `dev`; `train` scores the utterances that train, to see whether a model can learn them by heart."""
+    prune_suspects: bool = False
+    """Leave out training clips whose labels per second lie outside the corpus' own range (suspects.csv)."""
+    prune_list: str | None = None
+    """Leave out the training clips of a file: train_ranking.csv of evaluate.py --rank_train (those that it suggests),
+    any table with a column `id`, or a text with an id per line."""
+    prune_fraction: float | None = None
+    """Leave out this share of a train_ranking.csv, the worst, instead of those that it suggests."""
+    do_predict: bool = True
+    """Score the test split with the best model at the end (and before training, where the head fits)."""
+    demo_corpus: bool = False
+    """Make and prepare the built-in corpus of spoken digits in data_dir when it is not there."""
+
+    def text_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = []
+        if self.train_rest and (self.train_fraction == 1 or self.max_train_samples is not None):
+            found.append("--train_rest needs a --train_fraction below 1, and no --max_train_samples")
+        if self.prune_fraction is not None and not (self.prune_list and 0 < self.prune_fraction < 1):
+            found.append(f"--prune_fraction is {self.prune_fraction}, it must lie in (0, 1) and needs --prune_list")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig(Augmentation, Regularisation, Rates, Selection, TextSettings, RunSettings):
     """Settings of train.py. Every interval counts optimizer steps; precision and processes belong to the launcher."""
 
     command: ClassVar[str] = "train.py"
@@ -284,7 +295,80 @@ class TrainConfig(Augmentation, Regularisation, Rates, Selection, RunSettings):
         """Every setting that is out of its range, with the limit."""
         levers = self.rate_errors() + self.regularisation_errors() + self.augmentation_errors()
         levers += self.selection_errors()
-        return super().errors() + levers
+        return super().errors() + self.text_errors() + levers
+
+
+@dataclass(frozen=True)
+class PretrainConfig(PretrainingMasks, Dropouts, Course, RunSettings):
+    """Settings of pretrain.py. Every interval counts optimizer steps; precision and processes belong to the launcher.
+
+    Of what a recogniser alone has, the loop finds here that it is not asked for.
+    """
+
+    command: ClassVar[str] = "pretrain.py"
+    eval_split: ClassVar[str] = "dev"
+    train_rest: ClassVar[bool] = False
+    do_predict: ClassVar[bool] = False
+    demo_corpus: ClassVar[bool] = False
+    metric_for_best_model: ClassVar[str] = "eval_loss"
+    early_stopping_patience: ClassVar[None] = None
+    ema_decay: ClassVar[None] = None
+    average_best: ClassVar[None] = None
+    freeze_encoder_steps: ClassVar[int] = 0
+
+    freeze_feature_encoder: bool = False
+    """Keep the convolutional feature encoder as it is; the codes are then of sounds as the checkpoint hears them."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW; published runs from random weights have 5e-4 with thousands of utterances per
+    update."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; none on biases and norms."""
+    num_negatives: int | None = None
+    """Frames that a masked frame is told apart from; the checkpoint's (100) when not given, as with the two that
+    follow."""
+    contrastive_logits_temperature: float | None = None
+    """Of the similarities of prediction and codes (0.1)."""
+    diversity_loss_weight: float | None = None
+    """Of the share of codes that is not in use (0.1)."""
+    max_gumbel_temperature: float = 2.0
+    """Of the choice of a code, at the first update."""
+    min_gumbel_temperature: float = 0.5
+    """The lowest that it falls to."""
+    gumbel_temperature_decay: float = 0.999995
+    """What it is multiplied by at each update."""
+
+    @property
+    def encoder_settings(self) -> dict[str, float]:
+        """Fields of the model's configuration that are set here."""
+        names = ("num_negatives", "contrastive_logits_temperature", "diversity_loss_weight")
+        return self.layer_settings | {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def masks(self) -> PretrainingMasks:
+        """What is to be predicted."""
+        return PretrainingMasks(**{one.name: getattr(self, one.name) for one in dataclasses.fields(PretrainingMasks)})
+
+    def errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = super().errors() + self.course_errors() + self.dropout_errors() + self.mask_errors()
+        for name in ("weight_decay", "diversity_loss_weight"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                found.append(f"--{name} is {value}, it cannot be negative")
+        if self.num_negatives is not None and self.num_negatives < 1:
+            found.append(f"--num_negatives is {self.num_negatives}, at least 1 is needed")
+        if self.contrastive_logits_temperature is not None and not self.contrastive_logits_temperature > 0:
+            found.append(
+                f"--contrastive_logits_temperature is {self.contrastive_logits_temperature}, it must be above 0"
+            )
+        if not 0 < self.min_gumbel_temperature <= self.max_gumbel_temperature:
+            found.append(
+                f"--min_gumbel_temperature is {self.min_gumbel_temperature}, it must lie in (0, "
+                f"{self.max_gumbel_temperature}], up to --max_gumbel_temperature"
+            )
+        if not 0 < self.gumbel_temperature_decay <= 1:
+            found.append(f"--gumbel_temperature_decay is {self.gumbel_temperature_decay}, it must lie in (0, 1]")
+        return found
 
 
 @dataclass(frozen=True)

@@ -440,6 +440,8 @@ class PaddedBatch:
 
     # What the model reads; lengths stay on the CPU, where they steer the shapes.
     on_device: ClassVar[tuple[str, ...]]
+    # What the loss of each row is a sum over, int64 on the CPU.
+    num_targets_B: torch.Tensor
 
     @property
     def num_samples(self) -> int:
@@ -530,6 +532,11 @@ class Batch(PaddedBatch):
     other_feature_mask_BH: torch.Tensor | None = None
 
     on_device = ("input_values_BS", "labels_L", *MASKS)
+
+    @property
+    def num_targets_B(self) -> torch.Tensor:
+        """Labels of each row."""
+        return self.label_lengths_B
 
     def _fields_of_rows(self, start: int, stop: int) -> dict[str, Any]:
         label_ends = [0, *self.label_lengths_B.cumsum(0).tolist()]

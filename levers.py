@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 # Fields of the encoder's configuration in transformers that are flags here.
-ENCODER_SHARES = (
-    *("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout", "layerdrop"),
-    *("mask_time_prob", "mask_feature_prob"),
-)
-ENCODER_LENGTHS = ("mask_time_length", "mask_feature_length")
+LAYER_SHARES = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "layerdrop")
+MASK_SHARES = ("mask_time_prob", "mask_feature_prob")
+MASK_LENGTHS = ("mask_time_length", "mask_feature_length")
 # Settings that the screen and the card name in any case.
 ALWAYS_SAID = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
 SPEED_RANGE = (0.5, 2.0)
@@ -117,8 +115,8 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class Rates:
-    """The course of the learning rate, and who learns at which."""
+class Course:
+    """The course of the learning rate."""
 
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
@@ -135,29 +133,18 @@ class Rates:
     """Of `tri_stage`: share of the run at the peak; 0.4 when not given."""
     lr_min_ratio: float | None = None
     """Of `tri_stage` and `cyclic`: lowest rate, as a share of the peak; 0.05 when not given."""
-    head_learning_rate: float | None = None
-    """Peak rate of the output layer; --learning_rate when not given."""
-    layer_lr_decay: float = 1.0
-    """Each layer learns at this share of the rate of the one above it, the convolutions least."""
-    freeze_encoder_steps: int = 0
-    """Updates in which the output layer alone learns; the encoder thaws after them."""
 
-    def rate_errors(self) -> list[str]:
+    def course_errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         found = []
         if not self.learning_rate > 0:
             found.append(f"--learning_rate is {self.learning_rate}, it must be above 0")
-        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
-            found.append(f"--head_learning_rate is {self.head_learning_rate}, it must be above 0")
-        for name in ("warmup_steps", "freeze_encoder_steps"):
-            if getattr(self, name) < 0:
-                found.append(f"--{name} is {getattr(self, name)}, it cannot be negative")
+        if self.warmup_steps < 0:
+            found.append(f"--warmup_steps is {self.warmup_steps}, it cannot be negative")
         if not 0 <= self.warmup_ratio < 1:
             found.append(f"--warmup_ratio is {self.warmup_ratio}, it must lie in [0, 1)")
         if self.warmup_ratio and self.warmup_steps:
             found.append(f"--warmup_ratio {self.warmup_ratio} and --warmup_steps {self.warmup_steps}: give one of them")
-        if not 0 < self.layer_lr_decay <= 1:
-            found.append(f"--layer_lr_decay is {self.layer_lr_decay}, it must lie in (0, 1]")
         return found + self._shape_errors()
 
     def _shape_errors(self) -> list[str]:
@@ -181,7 +168,83 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Regularisation:
+class Rates(Course):
+    """The course of the learning rate, and who learns at which."""
+
+    head_learning_rate: float | None = None
+    """Peak rate of the output layer; --learning_rate when not given."""
+    layer_lr_decay: float = 1.0
+    """Each layer learns at this share of the rate of the one above it, the convolutions least."""
+    freeze_encoder_steps: int = 0
+    """Updates in which the output layer alone learns; the encoder thaws after them."""
+
+    def rate_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = self.course_errors()
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            found.append(f"--head_learning_rate is {self.head_learning_rate}, it must be above 0")
+        if self.freeze_encoder_steps < 0:
+            found.append(f"--freeze_encoder_steps is {self.freeze_encoder_steps}, it cannot be negative")
+        if not 0 < self.layer_lr_decay <= 1:
+            found.append(f"--layer_lr_decay is {self.layer_lr_decay}, it must lie in (0, 1]")
+        return found
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """What is left out of the encoder's layers, at random."""
+
+    hidden_dropout: float | None = None
+    """Dropout of the encoder's layers; the checkpoint's when not given, as with the four that follow."""
+    attention_dropout: float | None = None
+    """Dropout of the attention's weights."""
+    activation_dropout: float | None = None
+    """Dropout inside the feed-forward blocks."""
+    feat_proj_dropout: float | None = None
+    """Dropout behind the projection of the convolutions' features."""
+    layerdrop: float | None = None
+    """Probability that a layer is skipped, drawn by each process for itself."""
+
+    @property
+    def layer_settings(self) -> dict[str, float]:
+        """Fields of the encoder's configuration that are set here."""
+        return {name: getattr(self, name) for name in LAYER_SHARES if getattr(self, name) is not None}
+
+    def dropout_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        return _share_errors(self, LAYER_SHARES)
+
+
+@dataclass(frozen=True)
+class PretrainingMasks:
+    """Which share of the frames is to be predicted; the names are those of transformers' configuration.
+
+    A setting of the pre-training alone: the checkpoint's own masks, which fine-tuning takes over, stay as they are.
+    """
+
+    mask_time_prob: float = 0.65
+    """Share of the frames that spans would cover if they did not overlap; 0.65 masks about half of them, as published
+    (https://arxiv.org/abs/2006.11477, section 4.2: p = 0.065 as the start of a span of 10)."""
+    mask_time_length: int = 10
+    """Frames of a span."""
+    mask_time_min_masks: int = 2
+    """Spans at least, as in fairseq; transformers' script has 0 here, by which a short clip may have nothing to
+    predict."""
+    mask_feature_prob: float = 0.0
+    """The same over features, which are set to zero; they are not predicted."""
+    mask_feature_length: int = 10
+    """Features of a span."""
+
+    def mask_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found = _share_errors(self, MASK_SHARES) + _length_errors(self)
+        if self.mask_time_prob == 0:
+            found.append("--mask_time_prob is 0, and nothing would be left to predict: 0.65 is usual")
+        return found
+
+
+@dataclass(frozen=True)
+class Regularisation(Dropouts):
     """What keeps the model from learning its training clips by heart."""
 
     weight_decay: float = 0.01
@@ -191,18 +254,8 @@ class Regularisation:
     consistency_weight: float = 0.0
     """CR-CTC: weight of the divergence between two differently masked views of an utterance; 0.2 in its paper, with
     more masking than usual. An update takes nearly twice the time."""
-    hidden_dropout: float | None = None
-    """Dropout of the encoder's layers; the checkpoint's when not given, as with the eleven settings that follow."""
-    attention_dropout: float | None = None
-    """Dropout of the attention's weights."""
-    activation_dropout: float | None = None
-    """Dropout inside the feed-forward blocks."""
-    feat_proj_dropout: float | None = None
-    """Dropout behind the projection of the convolutions' features."""
     final_dropout: float | None = None
-    """Dropout before the output layer."""
-    layerdrop: float | None = None
-    """Probability that a layer is skipped, drawn by each process for itself."""
+    """Dropout before the output layer; the checkpoint's when not given, as with the settings that follow."""
     apply_spec_augment: bool | None = None
     """Whether masks are drawn at all."""
     mask_time_prob: float | None = None
@@ -219,8 +272,9 @@ class Regularisation:
     @property
     def encoder_settings(self) -> dict[str, float]:
         """Fields of the encoder's configuration that are set here."""
-        names = (*ENCODER_SHARES, *ENCODER_LENGTHS, "apply_spec_augment", "mask_time_min_masks")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        own = ("final_dropout", *MASK_SHARES, *MASK_LENGTHS, "apply_spec_augment", "mask_time_min_masks")
+        given = {name: getattr(self, name) for name in own if getattr(self, name) is not None}
+        return self.layer_settings | given
 
     def regularisation_errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
@@ -228,17 +282,30 @@ class Regularisation:
         for name in ("weight_decay", "consistency_weight"):
             if getattr(self, name) < 0:
                 found.append(f"--{name} is {getattr(self, name)}, it cannot be negative")
-        for name in ("label_smoothing", *ENCODER_SHARES):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                found.append(f"--{name} is {value:g}, it must lie in [0, 1)")
-        for name in ENCODER_LENGTHS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"--{name} is {value}, at least 1 is needed")
-        if self.mask_time_min_masks is not None and self.mask_time_min_masks < 0:
-            found.append(f"--mask_time_min_masks is {self.mask_time_min_masks}, it cannot be negative")
+        found += _share_errors(self, ("label_smoothing", "final_dropout", *MASK_SHARES)) + self.dropout_errors()
+        found += _length_errors(self)
         return found
+
+
+def _share_errors(settings: object, names: tuple[str, ...]) -> list[str]:
+    values = {name: getattr(settings, name) for name in names}
+    return [
+        f"--{name} is {value:g}, it must lie in [0, 1)"
+        for name, value in values.items()
+        if value is not None and not 0 <= value < 1
+    ]
+
+
+def _length_errors(settings: object) -> list[str]:
+    """Of masks."""
+    found = []
+    for name in MASK_LENGTHS:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            found.append(f"--{name} is {value}, at least 1 is needed")
+    if settings.mask_time_min_masks is not None and settings.mask_time_min_masks < 0:
+        found.append(f"--mask_time_min_masks is {settings.mask_time_min_masks}, it cannot be negative")
+    return found
 
 
 @dataclass(frozen=True)
@@ -279,10 +346,14 @@ class Selection:
         return found
 
 
-def describe(config: object) -> str:
+FINE_TUNING = (Augmentation, Regularisation, Rates, Selection)
+PRETRAINING = (Dropouts, PretrainingMasks, Course)
+
+
+def describe(config: object, parts: tuple[type, ...] = FINE_TUNING) -> str:
     """The settings of these groups that differ from their defaults, as `name value`; for the screen and the card."""
     said = []
-    for part in (Augmentation, Regularisation, Rates, Selection):
+    for part in parts:
         default = part()
         for field in dataclasses.fields(part):
             value = getattr(config, field.name)

@@ -16,15 +16,26 @@ METER_SUMS = (
     *("loss", "labels", "utterances", "samples", "padded_samples", "seconds"),
     *("scaler_skips", "bad_updates", "oom_retries"),
 )
+# Summed on the device, so that no step waits for them.
+SUMMED_ON_DEVICE = ("loss", "labels")
 # A loss scaler starts high and may need twenty skips in a row; more says that no scale will do.
 MAX_SCALER_SKIPS = 40
 
 
 class Meter:
-    """Sums since the last row of the log. The loss stays on the device, so that no step waits for it."""
+    """Sums since the last row of the log. The loss stays on the device, so that no step waits for it.
 
-    def __init__(self, accelerator: Accelerator, pending: list[float], grad_norm: float | None) -> None:
+    Attributes:
+        names: of the sums: METER_SUMS, and those that a kind of training adds.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, pending: list[float], grad_norm: float | None, more: tuple[str, ...] = ()
+    ) -> None:
         self.accelerator = accelerator
+        self.names = (*METER_SUMS, *more)
+        on_device = [self.names.index(name) for name in (*SUMMED_ON_DEVICE, *more)]
+        self._places_on_device = torch.tensor(on_device, device=accelerator.device)
         self.grad_norm = torch.tensor(float("nan") if grad_norm is None else grad_norm)
         self.note = ""
         self._started_at: float | None = None
@@ -42,13 +53,16 @@ class Meter:
             self._sums["seconds"] += time.perf_counter() - self._started_at
         self._started_at = None
 
-    def add(self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    def add(
+        self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor, more: torch.Tensor | None = None
+    ) -> None:
         """Count one update; what all ranks know alike is counted by the first.
 
         Args:
             update: this rank's share.
             loss_sum: of this rank; NaN on every rank where the update's loss is not finite.
             grad_norm: of the update.
+            more: this rank's values of the sums that a kind of training adds; not counted where the loss is NaN.
         """
         self.grad_norm = grad_norm
         # A loss that is no number would hide all the others of its row; it is none on all ranks or on none.
@@ -57,6 +71,8 @@ class Meter:
         if self.accelerator.is_main_process:
             self._on_device[1] += torch.where(has_loss, float(update.num_labels), 0.0)
             self._sums["utterances"] += update.num_utterances
+        if more is not None:
+            self._on_device[len(SUMMED_ON_DEVICE) :] += torch.where(has_loss, more, 0.0)
         for batch in update.micro_batches:
             self._sums["samples"] += batch.num_samples
             self._sums["padded_samples"] += batch.num_padded_samples
@@ -69,21 +85,20 @@ class Meter:
         """Pause, and return the sums over all ranks. They are kept until `clear`."""
         self.pause()
         mine = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        mine[:2] += self._on_device
+        mine[self._places_on_device] += self._on_device
         reduced = self.accelerator.reduce(mine, reduction="sum").tolist()
         # From here on the first rank holds what all have counted, as after a resume: equal bits either way.
         self._restart(reduced)
-        return dict(zip(METER_SUMS, reduced, strict=True))
+        return dict(zip(self.names, reduced, strict=True))
 
     def clear(self) -> None:
         """Begin the next row of the log."""
-        self._restart([0.0] * len(METER_SUMS))
+        self._restart([0.0] * len(self.names))
 
     def _restart(self, sums: list[float]) -> None:
-        mine = sums if self.accelerator.is_main_process else [0.0] * len(METER_SUMS)
-        self._sums = dict(zip(METER_SUMS, mine, strict=True))
-        # Loss and labels.
-        self._on_device = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        mine = sums if self.accelerator.is_main_process else [0.0] * len(self.names)
+        self._sums = dict(zip(self.names, mine, strict=True))
+        self._on_device = torch.zeros(len(self._places_on_device), dtype=torch.float64, device=self.accelerator.device)
 
 
 @dataclass
@@ -174,7 +189,7 @@ class BadUpdates:
 def _describe(watched: _Watched) -> list[dict[str, object]]:
     rows = []
     for batch, loss_B in watched.batches:
-        columns = (batch.ids, batch.sample_lengths_B.tolist(), batch.label_lengths_B.tolist(), loss_B.tolist())
+        columns = (batch.ids, batch.sample_lengths_B.tolist(), batch.num_targets_B.tolist(), loss_B.tolist())
         for utterance_id, samples, labels, loss in zip(*columns, strict=True):
             seconds = samples / SAMPLE_RATE_HZ
             rows.append(

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from augment import Augmenter
 from data import PaddedBatch, Utterance, hear
+from levers import PretrainingMasks
 from model import draw_masks, num_frames
 
 # Streams of draws beside those of data.py and augment.py. Masks are drawn as for CTC training, without one.
@@ -24,32 +25,12 @@ DISTRACTORS, GUMBEL = (11,), (12,)
 EVALUATION = (20_061_477, 0)  # the paper's number
 
 
-@dataclass(frozen=True)
-class PretrainingMasks:
-    """Which share of the frames is to be predicted; the names are those of transformers' configuration.
-
-    A setting of the pre-training alone: the checkpoint's own masks, which fine-tuning takes over, stay as they are.
-    """
-
-    mask_time_prob: float = 0.65
-    """Share of the frames that spans would cover if they did not overlap; 0.65 masks about half of them, as published
-    (https://arxiv.org/abs/2006.11477, section 4.2: p = 0.065 as the start of a span of 10)."""
-    mask_time_length: int = 10
-    """Frames of a span."""
-    mask_time_min_masks: int = 2
-    """Spans at least, as in fairseq; transformers' script has 0 here, by which a short clip may have nothing to
-    predict."""
-    mask_feature_prob: float = 0.0
-    """The same over features, which are set to zero; they are not predicted."""
-    mask_feature_length: int = 10
-    """Features of a span."""
-
-    def shortest_samples(self, hf_config: PretrainedConfig) -> int:
-        """Samples of the shortest clip of which every draw masks something: shorter ones teach nothing."""
-        samples = max(self.mask_time_length, 2)
-        for kernel, stride in zip(reversed(hf_config.conv_kernel), reversed(hf_config.conv_stride), strict=True):
-            samples = (samples - 1) * stride + kernel
-        return samples
+def shortest_samples(masks: PretrainingMasks, hf_config: PretrainedConfig) -> int:
+    """Samples of the shortest clip of which every draw masks something: shorter ones teach nothing."""
+    samples = max(masks.mask_time_length, 2)
+    for kernel, stride in zip(reversed(hf_config.conv_kernel), reversed(hf_config.conv_stride), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
 
 
 @dataclass(frozen=True)
@@ -84,6 +65,11 @@ class PretrainingBatch(PaddedBatch):
     feature_mask_BH: torch.Tensor | None = None
 
     on_device = ("input_values_BS", "time_mask_BT", "masked_frames_BM", "distractors_BMK", "feature_mask_BH")
+
+    @property
+    def num_targets_B(self) -> torch.Tensor:
+        """Frames to predict of each row."""
+        return self.num_masked_B
 
     @property
     def num_masked(self) -> int:

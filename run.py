@@ -36,6 +36,11 @@ class Run(TrainingRun, Assembly):
 
     log_columns = tuple(runlog.LOG_COLUMNS)
 
+    @property
+    def is_scored_before(self) -> bool:
+        """Its head was trained for this very vocabulary."""
+        return self.head_fits
+
     # Setting up
 
     def _kind_identity(self) -> dict[str, object]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from levers import Rates
+    from levers import Course
 
 # wav2vec 2.0's fine-tuning holds its rate for 40 % of the run (https://arxiv.org/abs/2006.11477, section 4.3), and
 # fairseq's recipes for it end at 5 % of the peak.
@@ -39,7 +39,7 @@ class Schedule:
     min_ratio: float = MIN_RATIO
 
     @classmethod
-    def of(cls, rates: "Rates", total_steps: int) -> "Schedule":
+    def of(cls, rates: "Course", total_steps: int) -> "Schedule":
         """By the settings of a run of so many optimizer steps."""
         warmup_steps = rates.warmup_steps or math.ceil(rates.warmup_ratio * total_steps)
         return cls(

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from audio import SAMPLE_RATE_HZ
-from data import Batch, Collator, CutSettings, ShardDataset, evaluation_loader
+from data import Batch, Collator, CutSettings, PaddedBatch, ShardDataset, evaluation_loader
 from errors import RunFailed
 from intervals import Interval
 from memory import MemoryLimit
@@ -84,8 +84,29 @@ def evaluate(
         RunFailed: a single utterance does not fit into the memory of one rank.
         Stopped: a rank was asked to.
     """
-    scorer.model.eval()
     score, counts = Score(), np.zeros((len(rows), len(COUNT_COLUMNS)), np.int64)
+
+    def take(batch: Batch) -> None:
+        nonlocal score
+        of_batch, texts = score_in_cuts(scorer, batch)
+        score += of_batch
+        counts[np.searchsorted(rows, batch.rows)] = [text.counts for text in texts]
+        see(batch, texts)
+
+    pass_over(scorer, dataset, rows, description, take)
+    return Evaluation(_sum_scores(scorer.accelerator, score), rows, sum_counts(scorer.accelerator, counts))
+
+
+def pass_over(
+    scorer: Scorer, dataset: ShardDataset, rows: np.ndarray, description: str, take: Callable[[PaddedBatch], None]
+) -> None:
+    """Give each of `rows` to `take` once on one rank, in batches, with the model in evaluation mode.
+
+    Raises:
+        RunFailed: `take` did, here or on another rank.
+        Stopped: a rank was asked to.
+    """
+    scorer.model.eval()
     loader = evaluation_loader(dataset, rows, scorer.collate, scorer.eval_cut, scorer.num_workers)
     with (
         _full_precision(scorer.accelerator),
@@ -96,19 +117,15 @@ def evaluate(
             if scorer.stop.requested:
                 break
             try:
-                of_batch, texts = score_in_cuts(scorer, batch)
+                take(batch)
             except RunFailed as error:
                 failure = error
                 break
-            score += of_batch
-            counts[np.searchsorted(rows, batch.rows)] = [text.counts for text in texts]
-            see(batch, texts)
             progress.advance(audio_seconds=batch.num_samples / SAMPLE_RATE_HZ)
     status, scorer.stop.agreed = scorer.status.worst(int(failure is not None), scorer.stop.requested)
     if status:
         raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
     scorer.stop.check()
-    return Evaluation(_sum_scores(scorer.accelerator, score), rows, sum_counts(scorer.accelerator, counts))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 
 from atomic import write_table
 from audio import SAMPLE_RATE_HZ
-from config import TrainConfig
+from config import PretrainConfig, RunSettings, TrainConfig
 from corpora import DROP_COLUMNS
 from data import ShardDataset
 from findings import Finding
@@ -25,6 +25,7 @@ from transcripts import TextFacts
 REMEDIES = {
     "no_labels": "check the text column and --characters_to_ignore",
     "too_short": "lower --min_duration_in_seconds",
+    "too_short_to_mask": "prepare longer pieces, or lower --mask_time_length",
     "too_long": "raise --max_duration_in_seconds",
     "more_labels_than_frames": "check that texts and clips belong together",
     "audio_in_dev": "prepare a corpus whose splits do not share clips",
@@ -101,14 +102,7 @@ def select_training_rows(
     pruned = find_pruned(dataset, config)
     rules = _rules(dataset, config, texts, overlap, frames, usable, speaking)
     rules |= {} if pruned is None else {"prune_list": (pruned.rows, pruned.detail)}
-    reasons = np.zeros(len(dataset), np.int8)
-    for code, (rows, _) in enumerate(rules.values(), 1):
-        reasons[rows & (reasons == 0)] = code
-    details = {name: detail for name, (_, detail) in rules.items()}
-    details["not_in_subset"] = lambda row: "train_fraction or max_train_samples"
-    kept = np.flatnonzero(reasons == 0)
-    subset = _draw_subset(kept, config)
-    reasons[np.setdiff1d(kept, subset, assume_unique=True)] = len(details)
+    subset, reasons, details = _apply(rules, len(dataset), config)
     is_suspect_here = speaking.suspects & (reasons != len(details))
     findings = (
         _count_finding(len(dataset), len(subset), _count_drops(reasons, list(details))),
@@ -117,6 +111,48 @@ def select_training_rows(
         *([] if pruned is None else [pruned.finding]),
     )
     return Selection(subset, texts.num_labels[subset], reasons, details, speaking.suspects, findings)
+
+
+def select_untranscribed_rows(
+    dataset: ShardDataset, config: PretrainConfig, overlap: Overlap, shortest_samples: int
+) -> Selection:
+    """Apply the duration limits, the split rules and the subset; texts are not looked at.
+
+    Args:
+        dataset: the training split.
+        config: limits and subset.
+        overlap: rows whose very audio is in dev or test.
+        shortest_samples: of a clip in which something is left to predict.
+    """
+    rules = _duration_rules(dataset, config)
+    rules["too_short_to_mask"] = (
+        dataset.num_samples < shortest_samples,
+        lambda row: f"{dataset.num_samples[row]} samples, {shortest_samples} needed for a mask",
+    )
+    rules |= {reason: (rows, overlap.details[reason]) for reason, rows in overlap.leaked.items()}
+    subset, reasons, details = _apply(rules, len(dataset), config)
+    finding = _count_finding(len(dataset), len(subset), _count_drops(reasons, list(details)))
+    return Selection(
+        subset, np.zeros(len(subset), np.int64), reasons, details, np.zeros(len(dataset), bool), (finding,)
+    )
+
+
+Rules = dict[str, tuple[np.ndarray, Callable[[int], str]]]
+
+
+def _apply(
+    rules: Rules, num_rows: int, config: RunSettings
+) -> tuple[np.ndarray, np.ndarray, Mapping[str, Callable[[int], str]]]:
+    """Rows that train, ascending, with the `reasons` and `details` of a Selection."""
+    reasons = np.zeros(num_rows, np.int8)
+    for code, (rows, _) in enumerate(rules.values(), 1):
+        reasons[rows & (reasons == 0)] = code
+    details = {name: detail for name, (_, detail) in rules.items()}
+    details["not_in_subset"] = lambda row: "train_fraction or max_train_samples"
+    kept = np.flatnonzero(reasons == 0)
+    subset = _draw_subset(kept, config)
+    reasons[np.setdiff1d(kept, subset, assume_unique=True)] = len(details)
+    return subset, reasons, details
 
 
 @dataclass(frozen=True)
@@ -145,17 +181,15 @@ def _rules(
     frames: np.ndarray,
     usable: np.ndarray,
     speaking: Speaking,
-) -> dict[str, tuple[np.ndarray, Callable[[int], str]]]:
+) -> Rules:
     """By reason the rows that it leaves out, bool [N], and a row's numbers in words.
 
     In the order in which they count: a row goes by the first that it falls under.
     """
-    seconds, num_labels, needed = dataset.num_samples / SAMPLE_RATE_HZ, texts.num_labels, texts.required_frames
-    shortest, longest = config.min_duration_in_seconds, config.max_duration_in_seconds
+    num_labels, needed = texts.num_labels, texts.required_frames
     return {
         "no_labels": (num_labels == 0, lambda row: "the text is empty after normalisation"),
-        "too_short": (seconds < shortest, lambda row: f"{seconds[row]:.3f} s of at least {shortest} s"),
-        "too_long": (seconds > longest, lambda row: f"{seconds[row]:.3f} s of at most {longest} s"),
+        **_duration_rules(dataset, config),
         "more_labels_than_frames": (
             ~usable,
             lambda row: f"{frames[row]} frames, {needed[row]} needed for {num_labels[row]} labels",
@@ -167,6 +201,15 @@ def _rules(
                 f"{speaking.rates[row]:.1f} labels/s, the corpus has {speaking.slowest:.1f} to {speaking.fastest:.1f}"
             ),
         ),
+    }
+
+
+def _duration_rules(dataset: ShardDataset, config: RunSettings) -> Rules:
+    seconds = dataset.num_samples / SAMPLE_RATE_HZ
+    shortest, longest = config.min_duration_in_seconds, config.max_duration_in_seconds
+    return {
+        "too_short": (seconds < shortest, lambda row: f"{seconds[row]:.3f} s of at least {shortest} s"),
+        "too_long": (seconds > longest, lambda row: f"{seconds[row]:.3f} s of at most {longest} s"),
     }
 
 
@@ -273,7 +316,7 @@ def _examples(dataset: ShardDataset, rows: np.ndarray) -> str:
     return ", ".join(dataset[int(row)].id for row in rows[:EXAMPLES]) + (", ..." if len(rows) > EXAMPLES else "")
 
 
-def _draw_subset(rows: np.ndarray, config: TrainConfig) -> np.ndarray:
+def _draw_subset(rows: np.ndarray, config: RunSettings) -> np.ndarray:
     wanted = max(1, round(len(rows) * config.train_fraction)) if len(rows) else 0
     if config.max_train_samples is not None:
         wanted = min(wanted, config.max_train_samples)

@@ -31,7 +31,7 @@ import card
 from audio import SAMPLE_RATE_HZ
 from best_model import EMA, TRAINED
 from clock import describe_cost
-from config import PrepareConfig, TrainConfig, parse_arguments
+from config import PrepareConfig, RunSettings, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
 from hosts import check_hosts_agree, check_shared_folder
 from joined import CORPUS
@@ -64,22 +64,37 @@ def main() -> None:
     """Parse, set up, train, sum up."""
     arguments = sys.argv[1:] or ["--config", str(DEMO_CONFIG)]
     config = parse_arguments(TrainConfig, arguments, __doc__)
-    accelerator = start_processes(config.report_to, config.output_dir, config.ddp_timeout, may_shard=True)
+    conduct(config, Run, train_and_finish)
+
+
+def conduct(
+    config: RunSettings,
+    make_run: Callable[[RunSettings, Accelerator], TrainingRun],
+    work: Callable[[TrainingRun], None],
+    may_shard: bool = True,
+) -> None:
+    """A whole run, of train.py or pretrain.py: its processes, its beginning, its work, and whatever ends it."""
+    accelerator = start_processes(config.report_to, config.output_dir, config.ddp_timeout, may_shard=may_shard)
     try:
         with naming_lost_processes():
             chosen = begin(config, accelerator)
             if chosen is None:
                 return
-            run = Run(chosen, accelerator)
+            run = make_run(chosen, accelerator)
         with failing_by_name(OUT_OF_MEMORY_REMEDY), run.stop:
-            train(run, evaluate_and_log, score_before_training)
-            finish(run)
+            work(run)
     finally:
         end_loaders()
         accelerator.end_training()
 
 
-def begin(config: TrainConfig, accelerator: Accelerator) -> TrainConfig | None:
+def train_and_finish(run: Run) -> None:
+    """The work of this command."""
+    train(run, evaluate_and_log, score_before_training)
+    finish(run)
+
+
+def begin(config: RunSettings, accelerator: Accelerator) -> RunSettings | None:
     """The settings with what is resumed decided, and the demo's data made; None for a run that is finished already.
 
     Raises:
@@ -136,7 +151,7 @@ def finish_step(run: TrainingRun, progress: Progress, evaluate: Evaluates, evalu
         return
     is_last = step == run.total_steps
     if step == 0:
-        if run.head_fits:
+        if run.is_scored_before:
             evaluate_before(run, progress)
     elif step % config.eval_steps == 0 or is_last:
         evaluate(run, progress)

@@ -91,7 +91,7 @@ class RunState:
     eval_wer_before: float | None = None
     test_before: dict[str, float] | None = None
     sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
-    """Of the whole run, up to the last row of the log."""
+    """Of the whole run, up to the last row of the log, by `Meter.names`."""
     pending_sums: list[float] = field(default_factory=lambda: [0.0] * len(METER_SUMS))
     """Since the last row of the log."""
     pending_seconds: list[float] = field(default_factory=lambda: [0.0] * len(PHASES))
@@ -119,7 +119,9 @@ class TrainingRun(Foundation):
     """
 
     log_columns: Collection[str]
-    head_fits: bool
+    more_sums: tuple[str, ...] = ()
+    """What the meter counts besides METER_SUMS."""
+    is_scored_before: bool
     """The model can be scored before its training."""
 
     def __init__(self, config: RunSettings, accelerator: Accelerator) -> None:
@@ -128,7 +130,7 @@ class TrainingRun(Foundation):
         self.folder = Path(config.output_dir)
         identity = self._identity()
         check_same(self.status, identity, "give every host the same data, model and list of what to leave out")
-        self.state = RunState(self.utterances_per_update, identity)
+        self.state = RunState(self.utterances_per_update, identity, sums=self._no_sums(), pending_sums=self._no_sums())
         if config.resume_from_checkpoint is not None:
             self._read_checkpoint()
         self.plan_updates(self.state.utterances_per_update)
@@ -138,7 +140,7 @@ class TrainingRun(Foundation):
             self._begin()
         else:
             self._resume()
-        self.meter = self._meter()
+        self.meter = Meter(accelerator, self.state.pending_sums, self.state.grad_norm, self.more_sums)
         self.clock, self.work_done = Clock(self.state.pending_seconds), Work()
         self.bad_updates = BadUpdates(accelerator, config.max_bad_updates, self.meter, self.state.bad_in_a_row)
         self.stop = StopSignals(config.max_hours, self._started_at)
@@ -167,9 +169,6 @@ class TrainingRun(Foundation):
 
     def _best_model(self) -> BestModel:
         return BestModel(self)
-
-    def _meter(self) -> Meter:
-        return Meter(self.accelerator, self.state.pending_sums, self.state.grad_norm)
 
     def count(self, update: Update, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Count an update that has been done; see `Meter.add`."""
@@ -413,7 +412,7 @@ class TrainingRun(Foundation):
 
     def _evaluation_passes(self) -> tuple[int, float]:
         """How often the dev rows are scored, and the samples of what else is: the test set, all of dev at the end."""
-        before = int(self.head_fits)
+        before = int(self.is_scored_before)
         always = 0.0
         if self.test_set is not None:
             always += float(self.test_set.num_samples.sum(dtype=np.int64)) * (1 + before)
@@ -479,9 +478,17 @@ class TrainingRun(Foundation):
         """Samples of audio in a mean update."""
         return self.plan.samples_per_epoch / len(self.plan.rows) * self.state.utterances_per_update
 
+    @property
+    def sums(self) -> dict[str, float]:
+        """Of the whole run, up to the last row of the log."""
+        return dict(zip((*METER_SUMS, *self.more_sums), self.state.sums, strict=True))
+
+    def _no_sums(self) -> list[float]:
+        return [0.0] * len((*METER_SUMS, *self.more_sums))
+
     def cost(self) -> dict[str, float]:
         """Of the whole run, resumes included: speed, padding, and the seconds of each phase."""
-        sums = dict(zip(METER_SUMS, self.state.sums, strict=True))
+        sums = self.sums
         logged = runlog.read_log(self.log.path)
         phases = [logged[name].sum() + new for name, new in zip(PHASE_COLUMNS, self.clock.read(), strict=True)]
         elapsed = self._elapsed_seconds()
@@ -571,7 +578,7 @@ class TrainingRun(Foundation):
 
     def training_results(self) -> dict[str, object]:
         """Hugging Face's names for the figures of the whole run."""
-        state, sums = self.state, dict(zip(METER_SUMS, self.state.sums, strict=True))
+        state, sums = self.state, self.sums
         return {
             "epoch": state.step / self.plan.updates_per_epoch,
             "train_loss": sums["loss"] / max(sums["labels"], 1),
@@ -588,6 +595,10 @@ class TrainingRun(Foundation):
             **({"resumed_anyway": state.resumed_anyway} if state.resumed_anyway else {}),
         }
 
+    def _values_of(self, sums: dict[str, float]) -> dict[str, float]:
+        """Columns that a kind of training makes of what the meter counted."""
+        return {}
+
     def _training_values(self) -> dict[str, float]:
         """What the meter counted since the last row, which ends here."""
         self.bad_updates.judge(self.write_bad_batches)
@@ -601,14 +612,13 @@ class TrainingRun(Foundation):
         self.meter.note = f"loss {loss:.3f}"
         return {
             "train_loss": loss,
+            **self._values_of(sums),
             "learning_rate": self.schedule.rate_at(self.state.step - 1),
             "grad_norm": grad_norm,
             "samples_per_second": sums["utterances"] / seconds,
             "audio_seconds_per_second": sums["samples"] / SAMPLE_RATE_HZ / seconds,
             "padding_fraction": 1 - sums["samples"] / max(sums["padded_samples"], 1),
-            **{
-                name: self.state.sums[METER_SUMS.index(name)] for name in ("scaler_skips", "bad_updates", "oom_retries")
-            },
+            **{name: self.sums[name] for name in ("scaler_skips", "bad_updates", "oom_retries")},
         }
 
     def _log_row(self, values: dict[str, float], progress: Progress) -> None:
