@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
@@ -26,7 +27,9 @@ from sampling import GROUPS_SHOWN
 from scoring import limits_of
 
 if TYPE_CHECKING:
+    from pretraining_run import PretrainingRun
     from run import Run
+    from training_run import TrainingRun
 
 Results = Mapping[str, float]
 Intervals = Mapping[str, tuple[float, float]]
@@ -63,6 +66,46 @@ def write_card(folder: Path, run: "Run", results: Results, intervals: Intervals 
         found = ((name, limits_of(results, name)) for name, _, _ in FIGURES)
         intervals = {name: limits for name, limits in found if limits is not None}
     write_atomically(folder / "README.md", model_card(run, results, intervals))
+
+
+def write_pretraining_card(folder: Path, run: "PretrainingRun") -> None:
+    """README.md of an encoder that was pre-trained: where it is from, what it heard, how to go on.
+
+    Raises:
+        RunFailed: disk full or not writable; an older card is as it was.
+    """
+    state, config, masks = run.state, run.config, run.config.masks
+    hours = float(run.plan.num_samples.sum(dtype=np.int64)) / SAMPLE_RATE_HZ / 3600
+    base = config.model_name_or_path
+    origin = "from random weights" if base is None else f"further, from {_base_model(run)},"
+    front = ModelCardData(
+        language=_languages(run) or None,
+        library_name="transformers",
+        tags=["pretraining", "speech", run.hf_config.model_type],
+        base_model=None if _is_folder(run) else base,
+        model_name=_name(run),
+    ).to_yaml()
+    done = "" if state.step == run.total_steps else f" ({state.step:,} of them done when this was written)"
+    blocks = [
+        f"---\n{front}\n---",
+        f"# {_name(run)}",
+        f"A speech encoder, pre-trained {origin} on {len(run.plan.rows):,} untranscribed utterances ({hours:.2f} hours) of `{_data_name(run)}`, in "
+        f"{run.total_steps:,} updates{done} of {state.utterances_per_update} utterances. It has no head and no "
+        "vocabulary: it cannot write before it is fine-tuned.",
+        "## Use",
+        _code(["from transformers import Wav2Vec2Model", "encoder = Wav2Vec2Model.from_pretrained('.')"]),
+        "To fine-tune it, name this folder as `--model_name_or_path` of train.py, with `--vocabulary train`.",
+        "## Figures",
+        _table(
+            ["figure", "value"],
+            [["dev loss", f"{state.best_metric:.4f} at update {state.best_step}"]] if state.best_step else [],
+        ),
+        "## Training",
+        f"Contrastive and diversity loss of wav2vec 2.0; masks: mask_time_prob {masks.mask_time_prob:g} in spans of "
+        f"{masks.mask_time_length} frames; learning rate {config.learning_rate:g} ({config.lr_scheduler_type}, "
+        f"{run.schedule.warmup_steps} warm-up); seed {config.seed}.",
+    ]
+    write_atomically(folder / "README.md", "\n\n".join(blocks) + "\n")
 
 
 def usage(model: Path | str, clip: Path | str) -> list[str]:
@@ -195,7 +238,7 @@ def _named(run: "Run", one: ShardDataset) -> str:
     return split if len(folders) == 1 else f"{name_sets(folders)[folders.index(one.folder.parent)]} {split}"
 
 
-def _data_name(run: "Run") -> str:
+def _data_name(run: "TrainingRun") -> str:
     return " + ".join(name_sets(run.config.data_dirs))
 
 
@@ -276,7 +319,7 @@ def _limits(run: "Run", results: Results) -> list[str]:
     return [*limits, *_unknown_characters(run), *_shared(run)]
 
 
-def _languages(run: "Run") -> list[str]:
+def _languages(run: "TrainingRun") -> list[str]:
     """Common Voice's column of that name."""
     if "locale" not in run.train_set.column_names:
         return []
@@ -323,7 +366,7 @@ def _unknown_speakers(facts: Mapping[str, object]) -> str:
 # --- Words and Markdown --------------------------------------------------------------------------------------------
 
 
-def _name(run: "Run") -> str:
+def _name(run: "TrainingRun") -> str:
     return run.folder.resolve().name
 
 
@@ -332,12 +375,12 @@ def _split(run: "Run", split: str) -> str:
     return run.eval_set.folder.name if split == "dev" else split
 
 
-def _is_folder(run: "Run") -> bool:
+def _is_folder(run: "TrainingRun") -> bool:
     name = run.config.model_name_or_path
     return name is not None and Path(name).expanduser().is_dir()
 
 
-def _base_model(run: "Run") -> str:
+def _base_model(run: "TrainingRun") -> str:
     """A folder by its name alone: its path means nothing elsewhere."""
     name = run.config.model_name_or_path
     return f"the folder {Path(name).expanduser().resolve().name}" if _is_folder(run) else name

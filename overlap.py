@@ -27,6 +27,8 @@ SHARED_AUDIO_LIMIT = 0.01
 # Repeated training clips only weigh double; from one in ten on they are the corpus.
 REPEATED_AUDIO_LIMIT = 0.1
 SHOWN_CHARACTERS = 60
+# The check that needs no texts.
+SHARED_AUDIO = "shared audio"
 NO_ROW = -1
 
 
@@ -246,7 +248,7 @@ def _compare_audio(
         remedies.append("remove repeated rows from the corpus and prepare again: each weighs double")
     verdict: Verdict = "warning" if remedies else "ok"
     result = "; ".join(said) or "no two clips are the same"
-    return Finding("shared audio", result, verdict, "; ".join(remedies), facts)
+    return Finding(SHARED_AUDIO, result, verdict, "; ".join(remedies), facts)
 
 
 def _count_repeated(audio: _Hashes) -> int:

@@ -347,7 +347,8 @@ def write_report(folder: Path, report: Report, assembly: "Foundation") -> None:
     }
     write_atomically(folder / "preflight.json", json.dumps(facts, indent=1, ensure_ascii=False))
     write_drop_list(folder / "drop_list.csv", assembly.train_set, assembly.selection)
-    write_suspects(folder / "suspects.csv", assembly.train_set, assembly.selection)
+    if "suspect_rate" in assembly.selection.details:  # Without texts nobody's rate is known.
+        write_suspects(folder / "suspects.csv", assembly.train_set, assembly.selection)
 
 
 def _training_shapes(assembly: "Foundation", cut: CutSettings) -> list[Shape]:

@@ -41,7 +41,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from audio import SAMPLE_RATE_HZ
-from errors import UsageError
+from errors import RunFailed, UsageError
 from integrity import hash_file
 from model import CTCModel
 from pretraining import PretrainingModel
@@ -622,6 +622,23 @@ def save_pretraining_model(
         own = None if weights is None else dict(weights)
         loaded.model.hf.save_pretrained(folder, state_dict=own, save_original_format=False)
         loaded.feature_extractor.save_pretrained(folder)
+
+
+def check_pretraining_folder(folder: Path, loaded: LoadedPretraining) -> None:
+    """Open a saved folder by transformers' own class, as users do, and compare it with the model in memory.
+
+    Raises:
+        RunFailed: a key is missing, is one too many, or another weight than in memory.
+    """
+    hf = loaded.model.hf
+    with _quiet_transformers():
+        opened, info = type(hf).from_pretrained(folder, output_loading_info=True)
+    wrong = {key for kind in ("missing_keys", "unexpected_keys") for key in info[kind]}
+    wrong |= {key for key, *_ in info["mismatched_keys"]}
+    own = hf.state_dict()
+    wrong |= {key for key, value in opened.state_dict().items() if not torch.equal(value, own[key].cpu())}
+    if wrong:
+        raise RunFailed(f"{folder} does not open as it was saved: {_some(wrong)}")
 
 
 # --- Saving --------------------------------------------------------------------------------------------------------

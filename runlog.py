@@ -21,6 +21,7 @@ from levers import METRICS
 if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LOG_COLUMNS = {
     "step": "optimizer steps done",
@@ -68,6 +69,28 @@ LOG_COLUMNS = {
     "evaluation_seconds": "evaluating; ends with this row, so what comes behind it counts for the next one",
     "save_seconds": "writing checkpoints and model/",
     "elapsed_seconds": "of training since the start, resumes included",
+}
+PRETRAINING_COLUMNS = {
+    **{name: LOG_COLUMNS[name] for name in ("step", "epoch")},
+    "train_loss": "contrastive loss + weight x diversity loss per masked frame (nats), mean since the last row",
+    "contrastive_loss": "per masked frame (nats), mean since the last row",
+    "diversity_loss": "share of the codes that is not in use, by the perplexity",
+    "code_perplexity": "codes in use: exp of the entropy of an update's codes, summed over groups; mean over updates",
+    "accuracy": "share of masked frames told apart from all their distractors",
+    "gumbel_temperature": "of the choice of codes, at the last step",
+    "eval_loss": "train_loss of the dev set, with masks that are always the same and without noise",
+    "eval_contrastive_loss": "contrastive_loss of the dev set",
+    "eval_diversity_loss": "diversity_loss of the dev set",
+    "eval_code_perplexity": "code_perplexity of the codes that the dev set was given",
+    "eval_accuracy": "accuracy of the dev set",
+    **{
+        name: LOG_COLUMNS[name]
+        for name in (
+            *("learning_rate", "grad_norm", "samples_per_second", "audio_seconds_per_second", "padding_fraction"),
+            *("scaler_skips", "bad_updates", "oom_retries", "eval_runtime", "peak_memory_mb", "data_seconds"),
+            *("compute_seconds", "communication_seconds", "evaluation_seconds", "save_seconds", "elapsed_seconds"),
+        )
+    },
 }
 SLICE_COLUMNS = ("step", "slice", "group", "utterances", "wer", "wer_low", "wer_high", "cer", "unit", "is_small")
 SAMPLE_COLUMNS = ("step", "id", "reference", "prediction")
@@ -191,37 +214,68 @@ def draw_training_curve(log: "pandas.DataFrame", path: Path, title: str = "") ->
         path: of the PNG.
         title: the run's name.
     """
-    # Imported late (a second), and without pyplot: a bare Figure draws PNGs with Agg and needs no display.
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    figure = Figure(figsize=(11, 7), dpi=120, layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True)
-    (loss, errors), (learning_rate, grad_norm) = panels
-    _draw_line(loss, log, "train_loss", "tab:blue", "training", light=True)
-    _draw_line(loss, log, "eval_loss", "tab:orange", "dev", marker="o")
-    loss.set_title("CTC loss per label")
+    figure, (loss, errors, *rest) = _begin_figure(title, 2)
+    _draw_losses(loss, log, "CTC loss per label")
     _draw_line(errors, log, "eval_wer", "tab:red", "WER", marker="o", scale=100)
     _draw_line(errors, log, "eval_cer", "tab:purple", "CER", marker="s", scale=100)
     _draw_line(errors, log, "ema_eval_wer", "tab:olive", "WER of the moving average", marker=".", scale=100)
     errors.set_title("Error rate on dev (%)" + _mark_best(errors, log))
+    _finish_figure(figure, log, [loss, errors], rest, path)
+
+
+def draw_pretraining_curve(log: "pandas.DataFrame", path: Path, num_codes: int, title: str = "") -> None:
+    """The same of a run of pretrain.py: loss, accuracy of the masked frames and codes in use, of `num_codes`."""
+    figure, (loss, accuracy, codes, contrastive, *rest) = _begin_figure(title, 3)
+    _draw_losses(loss, log, "Loss per masked frame")
+    for panel, name, scale in ((accuracy, "accuracy", 100), (codes, "code_perplexity", 1)):
+        _draw_line(panel, log, name, "tab:blue", "training", light=True, scale=scale)
+        _draw_line(panel, log, f"eval_{name}", "tab:orange", "dev", marker="o", scale=scale)
+    accuracy.set_title("Masked frames told apart (%)")
+    codes.set_title(f"Codes in use (perplexity, of {num_codes})")
+    _draw_line(contrastive, log, "contrastive_loss", "tab:blue", "training", light=True)
+    _draw_line(contrastive, log, "eval_contrastive_loss", "tab:orange", "dev", marker="o")
+    contrastive.set_title("Contrastive loss")
+    _finish_figure(figure, log, [loss, accuracy, codes, contrastive], rest, path)
+
+
+def _begin_figure(title: str, rows: int) -> "tuple[Figure, list[Axes]]":
+    # Imported late (a second), and without pyplot: a bare Figure draws PNGs with Agg and needs no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.5 * rows), dpi=120, layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=13)
+    return figure, list(figure.subplots(rows, 2, sharex=True).flat)
+
+
+def _draw_losses(panel: "Axes", log: "pandas.DataFrame", title: str) -> None:
+    _draw_line(panel, log, "train_loss", "tab:blue", "training", light=True)
+    _draw_line(panel, log, "eval_loss", "tab:orange", "dev", marker="o")
+    panel.set_title(title)
+
+
+def _finish_figure(
+    figure: "Figure", log: "pandas.DataFrame", panels: "list[Axes]", last: "list[Axes]", path: Path
+) -> None:
+    """Learning rate and gradient norm into the last row, then the file."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    learning_rate, grad_norm = last
     _draw_line(learning_rate, log, "learning_rate", "tab:green")
     learning_rate.set_title("Learning rate")
     learning_rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     _draw_line(grad_norm, log, "grad_norm", "tab:gray", light=True)
     grad_norm.set_title("Gradient norm before clipping")
-    for panel in panels.flat:
+    for panel in (*panels, *last):
         _finish_panel(panel, starts_at_zero=panel is not grad_norm)
     if (log["grad_norm"] > 0).any() and grad_norm.lines:
         grad_norm.set_yscale("log")
         grad_norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         grad_norm.yaxis.set_major_formatter("{x:g}")
         grad_norm.yaxis.set_minor_locator(NullLocator())
-    for panel in (learning_rate, grad_norm):
+    for panel in last:
         panel.set_xlabel("optimizer step")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if title:
-        figure.suptitle(title, fontsize=13)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_atomically(path, png.getvalue())
