@@ -1,5 +1,6 @@
 """pretraining.py and its batches against transformers, and against themselves when an update is cut."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from pretrained import (
 )  # fmt: skip
 from pretraining import (
     PretrainingModel,
+    collapse_reason,
     diversity,
     diversity_gradient,
     draw_gumbel_noise,
@@ -48,7 +50,7 @@ from pretraining import (
     perplexity,
     pretraining_losses,
 )
-from pretraining_data import PretrainingBatch, PretrainingCollator, PretrainingMasks, draw_distractors
+from pretraining_data import PretrainingBatch, PretrainingCollator, PretrainingMasks, draw_distractors, shortest_samples
 
 SMALL_CODES = {
     "codevector_dim": 24, "proj_codevector_dim": 20, "num_codevector_groups": 2, "num_codevectors_per_group": 12,
@@ -449,7 +451,7 @@ def test_targets_are_known_before_a_clip_is_read(epoch):
 
 def test_shortest_clip_that_is_masked():
     masks, config = PretrainingMasks(), Wav2Vec2Config()
-    shortest = masks.shortest_samples(config)
+    shortest = shortest_samples(masks, config)
     assert num_frames(shortest, config.conv_kernel, config.conv_stride) == 10
     assert num_frames(shortest - 1, config.conv_kernel, config.conv_stride) == 9
     of_set = PretrainingCollator(True, config, masks, seed=5)
@@ -600,3 +602,69 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, overrides, message):
 def test_groups_that_do_not_divide_the_code_are_refused():
     with pytest.raises(UsageError, match=r"model_config does not make a wav2vec2 model: .*codevector_dim"):
         tiny({"model_type": "wav2vec2", "num_codevector_groups": 5})
+
+
+# --- Collapse ------------------------------------------------------------------------------------------------------
+
+
+def log_of(
+    perplexities: Sequence[float],
+    losses: Sequence[float] | float = 4.0,
+    accuracies: Sequence[float] | float = 0.1,
+    every: int = 50,
+) -> list[dict[str, float]]:
+    """Rows of a training log, with one of an evaluation between them, which has no figures of training."""
+    count = len(perplexities)
+    losses, accuracies = (list(np.broadcast_to(one, count)) for one in (losses, accuracies))
+    rows = []
+    for number, values in enumerate(zip(perplexities, losses, accuracies, strict=True), 1):
+        names = ("code_perplexity", "contrastive_loss", "accuracy")
+        rows.append({"step": number * every, **dict(zip(names, values, strict=True))})
+        rows.append({"step": number * every, **dict.fromkeys(names, math.nan), "eval_loss": 4.0})
+    return rows  # fmt: skip
+
+
+def test_the_collapse_of_transformers_14387_is_named():
+    """Its log: loss 0.000, perplexity 2.000, for good."""
+    reason = collapse_reason(
+        log_of([80, 40, 9, 2, 2, 2, 2, 2], [4, 3, 1, 0, 0, 0, 0, 0], [0.1] * 3 + [1.0] * 5), 2, 640
+    )
+    assert reason.startswith("pre-training has collapsed at step 400: the code perplexity is 2.00 of 640")
+    assert "loss is 0.0000 and the accuracy 100.0%" in reason
+    assert all(word in reason for word in ("#14387", "#12934", "--learning_rate", "--warmup_steps", "--diversity_loss"))
+    assert "\n" not in reason
+
+
+def test_one_code_per_group_is_a_collapse_while_the_loss_is_still_high():
+    log = log_of([80, 20, 2.1, 2.05, 2.02, 2.01, 2.0])
+    assert "each of the 2 groups uses one code" in collapse_reason(log, 2, 640)
+    assert "no row since step 150 has more than 2.10" in collapse_reason(log, 2, 640)
+
+
+def test_a_collapse_needs_several_rows():
+    for count in range(1, 5):
+        assert collapse_reason(log_of([80, 60] + [2.0] * count, 0.0, 1.0), 2, 640) is None
+    assert collapse_reason(log_of([80, 60] + [2.0] * 5, 0.0, 1.0), 2, 640)
+    assert collapse_reason(log_of([80, 2, 2, 2, 9, 2, 2]), 2, 640) is None, "one row above in between"
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        log_of([]),
+        log_of([2.0, 2.1, 2.0, 2.2, 2.6, 4, 9, 30, 90]),  # a healthy start: few codes, then more
+        log_of([2.0] * 8),  # not yet: 400 updates, which may be the warm-up
+        log_of(np.linspace(2.0, 2.19, 30)),  # over 1,000 updates, and rising
+        log_of([300, 250, 200, 150, 120, 100, 90, 80, 70, 64]),  # a slow decline, as in the middle of good runs
+        log_of([18] * 8, 3.6, 0.5),  # fairseq#2981
+        log_of([30] * 8, 0.04, 0.99),  # an easy corpus, with fifteen codes of each group
+        [{"step": 50, "train_loss": 1.0}],
+    ],
+)
+def test_what_may_still_learn_is_no_collapse(log):
+    assert collapse_reason(log, 2, 640) is None
+
+
+def test_a_run_that_never_wakes_is_stopped_after_a_thousand_updates():
+    assert collapse_reason(log_of([2.0] * 19), 2, 640) is None
+    assert "each of the 2 groups uses one code" in collapse_reason(log_of([2.0] * 20), 2, 640)
