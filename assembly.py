@@ -14,6 +14,7 @@ from data import Batch, Collator, Update
 from errors import UsageError
 from findings import Finding
 from foundation import Foundation
+from integrity import require_texts
 from memory import Shape, evaluation_mode
 from metrics import score_batch
 from model import Objective, forward_with_loss, is_of_head, masked_axes
@@ -36,6 +37,7 @@ class Assembly(Foundation):
     config: TrainConfig
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        require_texts(config.data_dirs)
         super().__init__(config, accelerator)
         if self.is_sharded and config.freeze_encoder_steps:
             raise UsageError("--freeze_encoder_steps with FSDP is not possible: leave it out, or train without FSDP")

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, TypeVar
@@ -30,6 +30,8 @@ from errors import RunFailed
 
 SAMPLE_RATE_HZ = 16_000
 INT16_FULL_SCALE = 32_768
+# Of 20 ms: a recording is cut in the middle of so many that are quiet; the closure of a stop has five at most.
+QUIET_FRAMES = 11
 # Longer clips are beyond every encoder's memory, and would be beyond ours while they are resampled.
 MAX_CLIP_SECONDS = 1_800.0
 # A segment may end this much after its file: manifests round offsets and durations.
@@ -88,12 +90,17 @@ class ClipError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClipRequest:
-    """Where a clip lies: a file, or a segment of one."""
+    """Where a clip lies: a file, or a segment of one.
+
+    A bound with a reach is moved to the quietest place within so many seconds of it; the neighbour finds the same.
+    """
 
     path: str
     offset_seconds: float = 0.0
     duration_seconds: float | None = None
     source_bytes: int = 0
+    start_reach_seconds: float = 0.0
+    end_reach_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +163,7 @@ def read_clip(request: ClipRequest) -> Clip:
     try:
         with soundfile.SoundFile(request.path) as file:
             rate = file.samplerate
-            signal_S = _read_mono(file, request)
+            signal_S = _read_piece(file, request)
     except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:
         # TypeError: soundfile takes names such as x.raw for headerless audio.
         raise ClipError("undecodable", " ".join(str(error).split()) or type(error).__name__) from None
@@ -438,6 +445,32 @@ def _collect(task: list, future) -> Iterator[tuple]:
     for item, request in task:
         result = next(results) if request is not None else None
         yield item, ClipError(*result) if isinstance(result, tuple) else result
+
+
+def _read_piece(file: soundfile.SoundFile, request: ClipRequest) -> np.ndarray:
+    """Samples of the segment as float32 [S], with bounds that have a reach where it is quiet."""
+    before, after = request.start_reach_seconds, request.end_reach_seconds
+    if not before and not after:
+        return _read_mono(file, request)
+    duration = None if request.duration_seconds is None else request.duration_seconds + before + after
+    wider = replace(request, offset_seconds=request.offset_seconds - before, duration_seconds=duration)
+    signal_S = _read_mono(file, wider)
+    at_start, at_end = (round(2 * reach * file.samplerate) for reach in (before, after))
+    first = _quietest(signal_S[:at_start], file.samplerate) if before else 0
+    behind_end = len(signal_S) - at_end
+    return signal_S[first : behind_end + _quietest(signal_S[behind_end:], file.samplerate) if after else None]
+
+
+def _quietest(signal_S: np.ndarray, rate_hz: int) -> int:
+    """The sample in whose neighbourhood of QUIET_FRAMES there is the least power; of several the most central one."""
+    width = max(rate_hz * 20 // 1000, 1)
+    frames_FW = _frames(signal_S, width)
+    power_F = np.einsum("fw,fw->f", frames_FW, frames_FW)
+    count = min(QUIET_FRAMES, len(power_F))
+    sums = np.lib.stride_tricks.sliding_window_view(power_F, count).sum(axis=1)
+    quiet = np.flatnonzero(sums == sums.min())
+    chosen = quiet[np.argmin(np.abs(quiet - (len(sums) - 1) / 2))]
+    return min(int(chosen) * width + count * width // 2, len(signal_S))
 
 
 def _read_mono(file: soundfile.SoundFile, request: ClipRequest) -> np.ndarray:

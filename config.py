@@ -32,6 +32,7 @@ Config = TypeVar("Config")
 SEED_LIMIT = 2**32
 # Attention takes memory with the square of a window.
 MAX_CHUNK_SECONDS = 120.0
+MAX_SEGMENT_SECONDS = 120.0
 DEFAULT_CHARACTERS_TO_IGNORE = DEFAULT_RULES["characters_to_ignore"]
 # Of so many names the one that was meant is found at a glance.
 SHORT_CHOICE = 4
@@ -74,6 +75,15 @@ class PrepareConfig:
     """Shares of train, dev and (optional) test for --split_by."""
     test_speakers: list[str] = dataclasses.field(default_factory=list)
     """Speakers that form the test split."""
+    untranscribed: bool = False
+    """Prepare speech without text, for pretrain.py: also a folder of audio files, of which every one is used; texts
+    that there are are left out. What the corpus calls dev and test stays so; else a share of the recordings is dev."""
+    segment_seconds: float | None = None
+    """With --untranscribed: longer recordings become pieces of at most so many seconds, cut where it is quiet; 20 when
+    not given."""
+    dev_fraction: float | None = None
+    """With --untranscribed: share of the recordings that is held out, for the loss on speech that did not train; 0.02
+    when not given."""
     seed: int = 42
     """Decides the random splits."""
     verify: bool = False
@@ -92,8 +102,26 @@ class PrepareConfig:
         total = math.fsum(self.split_fractions)
         if len(self.split_fractions) not in (2, 3) or min(self.split_fractions) < 0 or abs(total - 1) > 1e-6:
             found.append(f"--split_fractions {self.split_fractions} must be two or three shares that sum to 1")
+        found += self._untranscribed_errors()
         if not 0 <= self.seed < SEED_LIMIT:
             found.append(f"--seed is {self.seed}, it must lie in 0 .. {SEED_LIMIT - 1}")
+        return found
+
+    def _untranscribed_errors(self) -> list[str]:
+        needing = [name for name in ("segment_seconds", "dev_fraction") if getattr(self, name) is not None]
+        if not self.untranscribed:
+            return [f"--{name} belongs to --untranscribed" for name in needing]
+        found = []
+        if self.text_column_name is not None:
+            found.append("--text_column_name does not go with --untranscribed, which keeps no texts: leave it out")
+        if self.split_by == "sentence":
+            found.append("--split_by sentence does not go with --untranscribed: use speaker or utterance")
+        if self.dev_fraction is not None and (self.split_by or self.test_speakers):
+            found.append("--dev_fraction does not go with --split_by and --test_speakers: use --split_fractions")
+        if self.segment_seconds is not None and not 1 <= self.segment_seconds <= MAX_SEGMENT_SECONDS:
+            found.append(f"--segment_seconds is {self.segment_seconds}, it must lie in 1 .. {MAX_SEGMENT_SECONDS:g}")
+        if self.dev_fraction is not None and not 0 <= self.dev_fraction < 1:
+            found.append(f"--dev_fraction is {self.dev_fraction}, it must lie in [0, 1)")
         return found
 
 

@@ -5,7 +5,7 @@ where its clip should lie, `AudioLocator` says whether it may and does.
 """
 
 # os.path instead of pathlib: it runs for every row of corpora with millions of them.
-# ruff: noqa: PTH100, PTH112, PTH116, PTH118
+# ruff: noqa: PTH100, PTH112, PTH114, PTH116, PTH118, PTH120, PTH122
 
 import contextlib
 import csv
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from audio import ClipError, ClipRequest, Measures
 from errors import UsageError
+from recording import AUDIO_SUFFIXES
 
 SPLITS = ("train", "dev", "test")
 # Of dropped.csv and drop_list.csv.
@@ -78,6 +79,7 @@ class SourceRow:
     audio_path: as the corpus gives it, relative to the corpus folder (or --audio_root) or absolute.
     text: None when there is no transcript; ends stripped.
     problem: reason and detail when the row cannot be used, whatever its audio.
+    start_reach_seconds, end_reach_seconds: as in `ClipRequest`.
     """
 
     id: str
@@ -89,20 +91,28 @@ class SourceRow:
     offset_seconds: float = 0.0
     duration_seconds: float | None = None
     problem: tuple[str, str] | None = None
+    start_reach_seconds: float = 0.0
+    end_reach_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus that was recognised: `read()` starts a new pass over its rows, `files()` names those that hold them."""
+    """A corpus that was recognised: `read()` starts a new pass over its rows, `files()` names those that hold them.
+
+    num_rows: where it is known and lines of files do not tell it.
+    """
 
     kind: str
     folder: Path
     read: Callable[[], Iterator[SourceRow]]
     notes: tuple[str, ...] = ()
     files: Callable[[], Iterable[Path]] = tuple
+    num_rows: int | None = None
 
     def count_lines(self) -> int:
         """Lines of the files: the number of rows or a little more, in a hundredth of the time of a pass."""
+        if self.num_rows is not None:
+            return self.num_rows
         lines = 0
         for path in self.files():
             # What cannot be read is said by `read()`.
@@ -125,10 +135,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class ColumnNames:
-    """What the user says about columns (None: the usual names)."""
+    """What the user says about columns (None: the usual names), and whether there must be a text."""
 
     audio: str | None = None
     text: str | None = None
+    needs_text: bool = True
 
 
 def open_corpus(
@@ -136,13 +147,16 @@ def open_corpus(
     train_split: str = "train",
     audio_column_name: str | None = None,
     text_column_name: str | None = None,
+    needs_text: bool = True,
 ) -> Corpus:
     """Recognise the corpus at `path`; a header is read, no row.
+
+    Without `needs_text` a table may lack the column of transcripts, and a folder of audio files is a corpus too.
 
     Raises:
         UsageError: nothing there, not a corpus, an archive, a header without the columns needed.
     """
-    names = ColumnNames(audio_column_name, text_column_name)
+    names = ColumnNames(audio_column_name, text_column_name, needs_text)
     _refuse_archive(path)
     if not path.exists():
         raise UsageError(f"--corpus {path} does not exist: name a corpus folder, a manifest, or `demo`")
@@ -156,7 +170,7 @@ def open_corpus(
         corpus = _open_folder(path, train_split, names)
     ignored = {
         "--train_split validated": train_split == "validated" and corpus.kind != "common_voice",
-        "--audio_column_name": audio_column_name and corpus.kind == "librispeech",
+        "--audio_column_name": audio_column_name and corpus.kind in ("librispeech", "audio"),
         "--text_column_name": text_column_name and corpus.kind == "librispeech",
     }
     notes = tuple(f"{flag} is ignored: the corpus is {corpus.kind}" for flag, yes in ignored.items() if yes)
@@ -187,7 +201,9 @@ class AudioLocator:
         for base in self._bases:
             try:
                 path, facts = self._check(os.path.join(base, row.audio_path))
-                return ClipRequest(path, row.offset_seconds, row.duration_seconds, facts.st_size), facts.st_mtime_ns
+                place = row.offset_seconds, row.duration_seconds, facts.st_size
+                reaches = row.start_reach_seconds, row.end_reach_seconds
+                return ClipRequest(path, *place, *reaches), facts.st_mtime_ns
             except ClipError as error:
                 errors.append(error)
         raise errors[-1] if errors[-1].reason == "outside_corpus" else errors[0]
@@ -279,6 +295,8 @@ def _open_only_manifest(folder: Path, names: ColumnNames) -> Corpus:
     chosen = named if len(named) == 1 else found
     if len(chosen) == 1:
         return _open_tables("manifest", folder, [_Table(chosen[0], None)], names)
+    if not names.needs_text and (corpus := _open_audio_folder(folder)) is not None:
+        return corpus
     if found:
         listed = ", ".join(path.name for path in found[:5]) + (", ..." if len(found) > 5 else "")
         raise UsageError(f"--corpus {folder} holds {len(found)} manifests ({listed}): name one of them")
@@ -286,9 +304,11 @@ def _open_only_manifest(folder: Path, names: ColumnNames) -> Corpus:
         _refuse_archive(path)
         if path.is_dir() and _split_tables(path):
             raise UsageError(f"--corpus {folder} holds no corpus, its folder {path.name} does: name --corpus {path}")
+    if not names.needs_text:
+        raise UsageError(f"--corpus {folder} holds neither a manifest nor an audio file: name the folder that does")
     raise UsageError(
         f"--corpus {folder} holds no train.tsv (Common Voice), no manifest (.csv, .tsv, .jsonl) and no "
-        "*/*/*.trans.txt (LibriSpeech): name the folder that does"
+        "*/*/*.trans.txt (LibriSpeech): name the folder that does, or, for speech without text, give --untranscribed"
     )
 
 
@@ -392,7 +412,7 @@ class _Columns:
     """Which column holds what, and the names under which the others are kept."""
 
     audio: str
-    text: str
+    text: str | None
     speaker: str | None
     id: str | None
     split: str | None
@@ -436,7 +456,7 @@ def _row(cells: dict[str, str] | str, line: int, columns: _Columns, table: _Tabl
     if table.audio_folder and path:
         # Common Voice before version 4 leaves the suffix out.
         path = f"{table.audio_folder}/{path if Path(path).suffix else path + '.mp3'}"
-    text = cells.get(columns.text)
+    text = cells.get(columns.text or "")
     blank_is_missing = table.path.suffix.lower() in (".csv", ".tsv")
     return SourceRow(
         id=row_id,
@@ -487,7 +507,10 @@ def _find_columns(header: list[str], table: _Table, names: ColumnNames) -> _Colu
             raise UsageError(f"{table.path} has two columns named {name!r}: rename one")
     split = None if table.split else _find(header, ("split",))
     audio = _need(header, table, "--audio_column_name", names.audio, AUDIO_COLUMNS)
-    text = _need(header, table, "--text_column_name", names.text, TEXT_COLUMNS)
+    if names.needs_text:
+        text = _need(header, table, "--text_column_name", names.text, TEXT_COLUMNS)
+    else:
+        text = _find(header, TEXT_COLUMNS)
     return _with_optional(_Columns(audio, text, None, None, split, None, None, {}), header)
 
 
@@ -672,3 +695,61 @@ def _read_chapter(root: Path, subset: Path, split: str | None, transcripts: Path
         if row_id:
             audio_path = str((folder / f"{row_id}{suffix}").relative_to(root))
             yield SourceRow(row_id, split, audio_path, text.strip() or None, folder.parent.name, metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audio files without anything beside them
+
+
+def _open_audio_folder(folder: Path) -> Corpus | None:
+    """All audio files below a folder; None where there is none. The first folders are speakers, where it has several.
+
+    What else lies there, and links to folders, which are not followed, is counted in a note.
+    """
+    count, others, first_folders = 0, 0, set()
+    for path, is_audio in _walk(folder):
+        count += is_audio
+        others += not is_audio
+        if is_audio and os.sep in path:
+            first_folders.add(path.partition(os.sep)[0])
+    if not count:
+        return None
+    notes = [f"{others:,} files without the suffix of an audio format, or links to folders, are left out"] * bool(
+        others
+    )
+    has_speakers = len(first_folders) > 1
+    if has_speakers:
+        notes.append(f"speakers: the {len(first_folders)} folders of {folder.name} that hold audio")
+    read = functools.partial(_read_audio_folder, folder, has_speakers)
+    return Corpus("audio", folder, read, tuple(notes), lambda: _audio_folders(folder), count)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, bool]]:
+    """Paths from the folder on, in order, and whether each is an audio file by its suffix."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    for place, subfolders, names in os.walk(folder, onerror=refuse):
+        subfolders.sort()
+        links = [name for name in subfolders if os.path.islink(os.path.join(place, name))]
+        for name in sorted(names + links):
+            suffix = os.path.splitext(name)[1].lower()
+            yield os.path.relpath(os.path.join(place, name), folder), suffix in AUDIO_SUFFIXES and name not in links
+
+
+def _audio_folders(folder: Path) -> Iterator[Path]:
+    """Those that hold audio files: their times change when one is added or removed."""
+    for place, group in itertools.groupby(_walk(folder), lambda walked: os.path.dirname(walked[0])):
+        if any(is_audio for _, is_audio in group):
+            yield folder / place
+
+
+def _read_audio_folder(folder: Path, has_speakers: bool) -> Iterator[SourceRow]:
+    for path, is_audio in _walk(folder):
+        if not is_audio:
+            continue
+        name = path.encode("utf-8", "backslashreplace").decode()
+        problem = None if name == path else ("bad_row", "the name of the file is not UTF-8: rename it")
+        speaker = name.partition(os.sep)[0] if has_speakers and os.sep in name else ""
+        yield SourceRow(name, None, path, None, speaker, {}, problem=problem)

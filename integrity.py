@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ from progress import Progress
 
 SCHEMA_VERSION = 4
 SEAL = "seal"
+# The setting of prepare.json that marks a set without texts.
+UNTRANSCRIBED = "untranscribed"
 MEGABYTE = 10**6
 
 
@@ -202,6 +204,24 @@ def verify(data_dir: Path) -> None:
         raise RunFailed(f"{data_dir} is damaged: make it whole again with {remake_command(data_dir)}")
     rows = sum(read_sealed(folder / "part.json")["rows"] for folder in folders)
     print(f"{data_dir}: {rows:,} rows in {len(folders)} parts, every byte as it was written", flush=True)
+
+
+def require_texts(data_dirs: Iterable[Path]) -> None:
+    """Refuse prepared data that has no texts.
+
+    Raises:
+        UsageError: it was prepared with --untranscribed.
+    """
+    for data_dir in data_dirs:
+        try:
+            settings = read_sealed(data_dir / "prepare.json").get("settings", {})
+        except Damage:
+            continue  # for whoever opens it to say
+        if settings.get(UNTRANSCRIBED):
+            raise UsageError(
+                f"{data_dir} was prepared with --untranscribed and has no texts: pre-train on it with pretrain.py, or "
+                "prepare a corpus with transcripts"
+            )
 
 
 def part_folders(data_dir: Path, split: str) -> list[Path]:

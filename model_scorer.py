@@ -17,6 +17,7 @@ from config import EvaluateConfig
 from data import Batch, Collator, CutSettings, ShardDataset
 from errors import UsageError
 from hosts import check_same
+from integrity import require_texts
 from memory import MemoryLimit
 from model import forward_with_loss
 from pretrained import find_checkpoint_folder, load_recogniser
@@ -56,6 +57,7 @@ class ModelScorer:
         self.forward_seconds = 0.0
         self._log_probs: dict[int, np.ndarray] | None = {} if keeps_log_probs else None
         self.status = RankStatus(accelerator, config.ddp_timeout)
+        require_texts([Path(config.data_dir)])
         self.dataset = ShardDataset(Path(config.data_dir) / config.split)
         fingerprint = {f"the {config.split} data": self.dataset.fingerprint}
         check_same(self.status, fingerprint, "give every host the same data, or --data_dir on shared storage")

@@ -3,6 +3,7 @@
     python prepare.py --corpus cv-corpus-21.0/en --data_dir data/en
     python prepare.py --corpus manifest.csv --data_dir data/x --split_by speaker --split_fractions 0.8 0.1 0.1
     python prepare.py --corpus digits --data_dir data/digits --test_speakers theo
+    python prepare.py --corpus recordings --data_dir data/untranscribed --untranscribed      (audio alone, any folders)
     python prepare.py --data_dir data/en --verify
     accelerate launch --multi_gpu --num_machines 2 ... prepare.py ...      (each part is made once, by one process)
 
@@ -44,6 +45,7 @@ from demo import make_demo_corpus
 from hosts import check_same
 from integrity import (
     SCHEMA_VERSION,
+    UNTRANSCRIBED,
     Damage,
     checked_numbers,
     find_damage,
@@ -59,12 +61,16 @@ from integrity import (
     write_sealed,
 )
 from lock import only_process_in
+from pieces import without_text
 from progress import Progress
 from shards import PartWriter, new_part, remove_unfinished_parts
 from splits import SplitPlan, plan_splits, stable_hash
 from team import ALONE, Team, team_of_launcher
 
 PROBED_CLIPS = 200
+# The longest piece of a recording without text: pre-training on 10 to 20 s is usual, and attention's memory grows with
+# the square.
+SEGMENT_SECONDS = 20.0
 MAX_METADATA_COLUMNS = 200
 # Of the estimated size: clips differ, and a full disk costs more than this much room.
 DISK_MARGIN = 1.1
@@ -103,7 +109,7 @@ def prepare(config: PrepareConfig, is_waiting: bool = False, team: Team = ALONE)
     with contextlib.ExitStack() as stack:
         team.decide_first(lambda: _occupy(out, is_waiting, stack))
         pool = stack.enter_context(ClipPool(_num_workers(config.num_workers, team.on_this_host)))
-        corpus = _open(config, out, pool, team)
+        corpus, locator = _open(config, out, pool, team)
         state = corpus.state()
         with _showing_passes(corpus, team.is_first) as shown:
             plan = plan_splits(shown, config)
@@ -114,14 +120,14 @@ def prepare(config: PrepareConfig, is_waiting: bool = False, team: Team = ALONE)
             corpus,
             state,
             scan,
-            AudioLocator(corpus.folder, config.audio_root),
+            locator,
             config.chunk_size,
             _settings(config, scan),
             _damage_by_reading if config.verify else _damage_at_a_glance,
         )
         if team.is_first:
             print(f"{config.corpus}: {corpus.kind}, {scan.describe()}", flush=True)
-            for note in (*corpus.notes, *plan.notes, *scan.notes()):
+            for note in (*corpus.notes, *plan.notes, *scan.notes(config.untranscribed)):
                 print(f"note: {note}", flush=True)
         missing = team.decide_first(lambda: job.find_missing(out, pool))
         with _saying_what_stays(out):
@@ -177,9 +183,11 @@ class _Scan:
     def describe(self) -> str:
         return ", ".join(f"{split} {count:,} rows" for split, count in self.rows.items())
 
-    def notes(self) -> list[str]:
+    def notes(self, is_untranscribed: bool) -> list[str]:
         meaning = {"dev": "training cannot be evaluated on it", "test": "there is nothing to test on at the end"}
-        return [f"the {split} split is empty: {meaning[split]}" for split in ("dev", "test") if not self.rows[split]]
+        if is_untranscribed:
+            del meaning["test"]
+        return [f"the {split} split is empty: {meaning[split]}" for split in meaning if not self.rows[split]]
 
 
 @dataclass
@@ -387,7 +395,7 @@ class _Job:
             _add_row(fingerprint, row, request.source_bytes if request else -1, mtime_ns)
             if row.problem is not None:
                 error = ClipError(*row.problem)
-            elif row.text is None or (split == "train" and not row.text):
+            elif not self.settings.get(UNTRANSCRIBED) and (row.text is None or (split == "train" and not row.text)):
                 error = ClipError("no_text", "no transcript")
             elif error is None and self._is_repeated(row.id, seen):
                 error = ClipError("duplicate_id", "an earlier row of this split has the same id")
@@ -425,9 +433,20 @@ class _Judged:
 # Before the first clip
 
 
-def _open(config: PrepareConfig, out: Path, pool: ClipPool, team: Team) -> Corpus:
+def _open(config: PrepareConfig, out: Path, pool: ClipPool, team: Team) -> tuple[Corpus, AudioLocator]:
+    corpus = _recognise(config, out, pool, team)
+    locator = AudioLocator(corpus.folder, config.audio_root)
+    return (without_text(corpus, locator, _segment_seconds(config)) if config.untranscribed else corpus), locator
+
+
+def _segment_seconds(config: PrepareConfig) -> float:
+    return SEGMENT_SECONDS if config.segment_seconds is None else config.segment_seconds
+
+
+def _recognise(config: PrepareConfig, out: Path, pool: ClipPool, team: Team) -> Corpus:
     if config.corpus != "demo":
-        return open_corpus(Path(config.corpus), config.train_split, config.audio_column_name, config.text_column_name)
+        columns = config.audio_column_name, config.text_column_name
+        return open_corpus(Path(config.corpus), config.train_split, *columns, needs_text=not config.untranscribed)
     if not (out / "prepare.json").exists():
         pool.warm_up()  # beside the synthesis
     team.decide_first(lambda: make_demo_corpus(out / "demo_corpus"))
@@ -495,6 +514,10 @@ def _settings(config: PrepareConfig, scan: _Scan) -> dict:
     settings = {name: getattr(config, name) for name in chosen}
     if config.split_by or config.test_speakers:
         settings |= {name: getattr(config, name) for name in ("split_by", "split_fractions", "test_speakers", "seed")}
+    if config.untranscribed:
+        # Absent from other sets, so that those of earlier versions are still recognised.
+        settings |= {UNTRANSCRIBED: True, "segment_seconds": _segment_seconds(config), "seed": config.seed}
+        settings["dev_fraction"] = config.dev_fraction
     return settings | {
         "schema_version": SCHEMA_VERSION,
         "sample_rate_hz": SAMPLE_RATE_HZ,

@@ -14,6 +14,7 @@ up to the gradient of the whole (promise 1).
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,15 @@ from pretraining_data import PretrainingBatch
 
 # log of a probability that has underflowed stays finite; p log p is 0 there either way.
 SMALLEST = torch.finfo(torch.float32).tiny
+# Rows of the log, one behind the other, that show a collapse.
+COLLAPSED_ROWS = 5
+# Codes per group: up to so many only one is in use, but for noise; from so many on several are; up to so many the
+# distractors that are left say little.
+DEAD_CODES, ALIVE_CODES, FEW_CODES = 1.1, 2.0, 4.0
+# A group that began with one code should use a second one by then; or at least be on its way, by this factor.
+STEPS_TO_WAKE, RISE = 1_000, 1.02
+# Of those few codes nothing is left to learn.
+TRIVIAL_LOSS, TRIVIAL_ACCURACY = 0.05, 0.98
 
 
 def gumbel_temperature(step: int, highest: float, lowest: float, decay: float) -> float:
@@ -256,3 +266,56 @@ def _is_masked(batch: PretrainingBatch) -> Tensor:
     """True for the masked frames of each row, False behind its last, bool [B, M]."""
     places_M = torch.arange(batch.masked_frames_BM.shape[1], device=batch.masked_frames_BM.device)
     return places_M < batch.num_masked_B.to(places_M.device, non_blocking=True)[:, None]
+
+
+# --- Collapse ------------------------------------------------------------------------------------------------------
+
+
+def collapse_reason(history: Sequence[Mapping[str, float]], num_groups: int, num_codes: int) -> str | None:
+    """Why a run teaches nothing any more, in one line; None while it may.
+
+    Two ways are known. Every group uses one code (transformers#14387: perplexity 2 for good), and the codes that are
+    left can be told from a few frames, so that the task has become trivial (transformers#12934: loss 0). A run that
+    begins with few codes and finds more is none of them, so that a low perplexity alone counts where it was higher
+    before, or has not risen in a long time.
+
+    Args:
+        history: rows of the log, in order, with step, code_perplexity, contrastive_loss and accuracy of training; rows
+            without them (NaN) are passed over.
+        num_groups: G, the lowest perplexity.
+        num_codes: G x V, the highest.
+    """
+    rows = [row for row in history if math.isfinite(row.get("code_perplexity", math.nan))]
+    recent = rows[-COLLAPSED_ROWS:]
+    if len(recent) < COLLAPSED_ROWS:
+        return None
+    used = [row["code_perplexity"] for row in recent]
+    is_dead = max(used) <= DEAD_CODES * num_groups
+    is_trivial = max(used) <= FEW_CODES * num_groups and all(
+        row["contrastive_loss"] < TRIVIAL_LOSS and row["accuracy"] > TRIVIAL_ACCURACY for row in recent
+    )
+    last = recent[-1]
+    if is_trivial:
+        found = f"the contrastive loss is {last['contrastive_loss']:.4f} and the accuracy {last['accuracy']:.1%}"
+        because = "so few codes are in use that the task has become trivial"
+    elif is_dead and (_was_alive(rows, num_groups) or _has_long_been_dead(rows, num_groups)):
+        found = f"and no row since step {recent[0]['step']:.0f} has more than {max(used):.2f}"
+        because = f"each of the {num_groups} groups uses one code"
+    else:
+        return None
+    return (
+        f"pre-training has collapsed at step {last['step']:.0f}: the code perplexity is {last['code_perplexity']:.2f} "
+        f"of {num_codes}, {found}: {because} (seen in transformers#14387, #12934); begin again with a lower "
+        "--learning_rate, longer --warmup_steps or a higher --diversity_loss_weight, or with larger updates"
+    )
+
+
+def _was_alive(rows: Sequence[Mapping[str, float]], num_groups: int) -> bool:
+    return max(row["code_perplexity"] for row in rows) > ALIVE_CODES * num_groups
+
+
+def _has_long_been_dead(rows: Sequence[Mapping[str, float]], num_groups: int) -> bool:
+    """Whether it never rose: all rows, over so many updates that a warm-up is over, and the last one no higher."""
+    used = [row["code_perplexity"] for row in rows]
+    is_long = len(rows) >= 2 * COLLAPSED_ROWS and rows[-1]["step"] >= STEPS_TO_WAKE
+    return is_long and max(used) <= ALIVE_CODES * num_groups and used[-1] <= RISE * min(used[-2 * COLLAPSED_ROWS :])

@@ -23,6 +23,13 @@ SPLIT_REMEDY = (
     "--split_by speaker|sentence|utterance (with --split_fractions), or --test_speakers NAME, or a column `split`"
 )
 
+# Of the recordings of a corpus without text.
+DEV_FRACTION = 0.02
+# Times as much as was asked for is held out as whole recordings.
+MAX_DEV_EXCESS = 2
+# Splits of rows that may train: the corpus says so, or nothing.
+TRAINING = ("train", None)
+
 
 @dataclass(frozen=True)
 class SplitPlan:
@@ -56,6 +63,8 @@ def plan_splits(corpus: Corpus, config: PrepareConfig) -> SplitPlan:
         return _plan_test_speakers(corpus, config)
     if config.split_by is not None:
         return _plan_split_by(corpus, config)
+    if config.untranscribed:
+        return _plan_untranscribed(corpus, config)
     without = sum(row.split is None for row in corpus.read())
     if without:
         raise UsageError(f"--corpus {config.corpus}: nothing says which rows are for training: give {SPLIT_REMEDY}")
@@ -85,6 +94,31 @@ def _plan_split_by(corpus: Corpus, config: PrepareConfig) -> SplitPlan:
     return SplitPlan(lambda row: divide(row) if included(row) else "test", (*notes, *said))
 
 
+def _plan_untranscribed(corpus: Corpus, config: PrepareConfig) -> SplitPlan:
+    """The corpus's own dev and test; all else trains, but for a share of whole recordings where there is no dev."""
+    fraction = DEV_FRACTION if config.dev_fraction is None else config.dev_fraction
+    own: Counter[str | None] = Counter()
+    some_recordings: set[str] = set()  # of those that train: one is too few to hold one out, and so is one piece
+    for row in corpus.read():
+        own[row.split] += 1
+        if row.split in TRAINING and len(some_recordings) < 2:
+            some_recordings.add(row.audio_path)
+    kept = [f"{split} ({own[split]:,} rows)" for split in ("dev", "test") if own[split]]
+    notes = [f"the corpus's own {' and '.join(kept)} stay out of training"] if kept else []
+    total = sum(own[split] for split in TRAINING)
+    if total < 2 or own["dev"] or fraction == 0:
+        return SplitPlan(lambda row: row.split or "train", tuple(notes))
+    for by in ("recording", "utterance")[len(some_recordings) < 2 :]:
+        divide, said = _divide(
+            corpus, lambda row: row.split in TRAINING, by, (1 - fraction, fraction, 0.0), config
+        )  # fmt: skip
+        # Of few recordings even one may be most of the speech; then pieces of all of them are held out.
+        held_out = sum(row.split in TRAINING and divide(row) == "dev" for row in corpus.read())
+        if held_out <= max(MAX_DEV_EXCESS * fraction * total, 1):
+            break
+    return SplitPlan(lambda row: divide(row) if row.split in TRAINING else row.split, (*notes, *said))
+
+
 def _plan_test_speakers(corpus: Corpus, config: PrepareConfig) -> SplitPlan:
     chosen = set(config.test_speakers)
     speakers = Counter(row.speaker for row in corpus.read())
@@ -108,7 +142,12 @@ def _divide(
     config: PrepareConfig,
 ) -> tuple[Callable[[SourceRow], str], list[str]]:
     """A division of the included rows into train, dev and test, and what to say about it."""
-    key = {"speaker": lambda row: row.speaker, "sentence": _sentence, "utterance": lambda row: row.id}[by]
+    key = {
+        "speaker": lambda row: row.speaker,
+        "sentence": _sentence,
+        "utterance": lambda row: row.id,
+        "recording": lambda row: row.audio_path,
+    }[by]
     hashes = array("Q")
     for row in corpus.read():
         if by == "speaker" and not row.speaker and included(row) and row.problem is None:

@@ -356,3 +356,72 @@ def test_real_digits_manifest():
     assert len(rows) == 2000
     assert {row.speaker for row in rows} >= {"theo", "jackson"}
     assert {row.split for row in rows} == {None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speech without text
+
+
+def open_untranscribed(path: Path) -> corpora.Corpus:
+    return corpora.open_corpus(path, needs_text=False)
+
+
+def test_folder_of_audio_files(tmp_path):
+    files = dict.fromkeys(("ann/b.WAV", "ann/2020/a.mp3", "ben/c.flac", "d.opus"), b"x")
+    folder = write(tmp_path / "radio", files | {"ann/notes.txt": "x", ".DS_Store": "x"})
+    (folder / "ben" / "linked").symlink_to(folder / "ann")
+    corpus = open_untranscribed(folder)
+    found = list(corpus.read())
+    assert [(row.id, row.speaker) for row in found] == [
+        ("d.opus", ""), ("ann/b.WAV", "ann"), ("ann/2020/a.mp3", "ann"), ("ben/c.flac", "ben"),
+    ]  # fmt: skip
+    assert all(row.id == row.audio_path and row.split is None and row.text is None for row in found)
+    assert corpus.kind == "audio" and corpus.count_lines() == 4
+    assert corpus.notes == (
+        "3 files without the suffix of an audio format, or links to folders, are left out",
+        "speakers: the 2 folders of radio that hold audio",
+    )
+    assert list(corpus.files()) == [folder, folder / "ann", folder / "ann/2020", folder / "ben"]
+    before = corpus.state()
+    (folder / "ben" / "new.wav").write_bytes(b"x")
+    assert corpus.state() != before
+
+
+def test_one_folder_of_audio_is_no_speaker(tmp_path):
+    folder = write(tmp_path, {"clips/a.wav": b"x", "clips/b.wav": b"x"})
+    assert [(row.id, row.speaker) for row in open_untranscribed(folder).read()] == [
+        ("clips/a.wav", ""), ("clips/b.wav", ""),
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_not_utf_8_is_a_bad_row(tmp_path):
+    write(tmp_path, {"a.wav": b"x"})
+    (tmp_path / os.fsdecode(b"b\xff.wav")).write_bytes(b"x")
+    good, bad = open_untranscribed(tmp_path).read()
+    assert good.problem is None
+    assert (bad.id, bad.problem[0]) == ("b\\udcff.wav", "bad_row")
+
+
+def test_tables_need_no_text_column_where_none_is_wanted(tmp_path):
+    folder = write(tmp_path, {"a.csv": "path,room\nx.wav,hall\n", "b.csv": "path,sentence\nx.wav,hello\n"})
+    with pytest.raises(UsageError, match="has no column named text"):
+        corpora.open_corpus(folder / "a.csv")
+    (row,) = open_untranscribed(folder / "a.csv").read()
+    assert (row.audio_path, row.text, row.metadata) == ("x.wav", None, {"path": "x.wav", "room": "hall"})
+    (row,) = open_untranscribed(folder / "b.csv").read()
+    assert "sentence" not in row.metadata
+
+
+def test_a_folder_with_several_tables_is_one_of_audio_files(tmp_path):
+    folder = write(tmp_path, {"a.csv": "x\n1\n", "b.csv": "x\n1\n", "c.wav": b"x"})
+    with pytest.raises(UsageError, match="holds 2 manifests"):
+        corpora.open_corpus(folder)
+    assert [row.id for row in open_untranscribed(folder).read()] == ["c.wav"]
+
+
+def test_folders_without_audio_are_refused_with_the_remedy(tmp_path):
+    folder = write(tmp_path, {"sub/a.wav": b"x"})
+    with pytest.raises(UsageError, match="for speech without text, give --untranscribed"):
+        corpora.open_corpus(folder)
+    with pytest.raises(UsageError, match="neither a manifest nor an audio file"):
+        open_untranscribed(write(tmp_path / "empty", {"a.txt": "x"}))

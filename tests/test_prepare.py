@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import soundfile
-from conftest import fill
+from conftest import fill, training, write_recipe
 
 import corpora
 import integrity
@@ -876,3 +877,150 @@ def test_real_digits(tmp_path):
     assert "theo" not in table(tmp_path / "out", "train").column("speaker").to_pylist()
     facts = json.loads((tmp_path / "out/prepare.json").read_text())["splits"]
     assert sum(split["rows"] for split in facts.values()) == 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speech without text
+
+
+def write_recordings(folder: Path, seconds: dict[str, float]) -> Path:
+    """Noise with pauses at 8 kHz, one file for each path."""
+    rng = np.random.default_rng(0)
+    for name, duration in seconds.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        samples = rng.normal(0, 0.05, round(duration * 8_000))
+        soundfile.write(folder / name, samples * (np.arange(len(samples)) % 8_000 < 6_000), 8_000)
+    return folder
+
+
+def all_rows(out: Path) -> dict[str, list[dict]]:
+    found = {}
+    for split in ("train", "dev", "test"):
+        parts = len(list((out / split).glob("part_*")))
+        found[split] = [row for part in range(1, parts + 1) for row in table(out, split, part).to_pylist()]
+    return found
+
+
+RECORDINGS = {"ann/a.wav": 25.3, "ann/b.wav": 1.5, "ben/c.wav": 3.0, "ben/deep/d.flac": 41.0, "e.wav": 2.0}
+
+
+def test_untranscribed_folder_is_prepared_whole(tmp_path, capsys):
+    corpus = write_recordings(tmp_path / "radio", RECORDINGS)
+    (corpus / "broken.wav").write_bytes(b"RIFF, but no more")
+    out = tmp_path / "out"
+    run(corpus, out, untranscribed=True, segment_seconds=10.0, dev_fraction=0.25, chunk_size=4)
+    rows = all_rows(out)
+    assert all(row["text"] == "" for split in rows.values() for row in split)
+    seconds: Counter[str] = Counter()
+    for row in itertools.chain(*rows.values()):
+        assert row["num_samples"] <= 160_000
+        seconds[row["id"].partition("#")[0]] += row["num_samples"] / 16_000
+        assert row["speaker"] == ("ann" if "ann" in row["id"] else "ben" if "ben" in row["id"] else "")
+    assert seconds == pytest.approx(RECORDINGS, abs=1e-3), "every second of every recording, once"
+    assert dropped(out) == [("train", "broken.wav", "undecodable")]
+    recordings = [{row["id"].partition("#")[0] for row in rows[split]} for split in ("train", "dev")]
+    assert not recordings[0] & recordings[1] and recordings[1], "no recording is in both"
+    assert not rows["test"]
+    said = capsys.readouterr().out
+    assert "recordings of over 10 s become pieces" in said
+    assert "divided by recording (6 in all)" in said
+    assert "nothing to test on" not in said
+    assert json.loads((out / "prepare.json").read_text())["settings"]["untranscribed"] is True
+
+
+def test_untranscribed_preparation_goes_on_and_its_command_repeats_it(tmp_path):
+    corpus = write_recordings(tmp_path / "radio", RECORDINGS)
+    out = tmp_path / "out"
+    settings = {"untranscribed": True, "segment_seconds": 10.0, "chunk_size": 3}
+    run(corpus, out, **settings)
+    before = files(out)
+    shutil.rmtree(out / "train" / "part_2")
+    (out / "prepare.json").unlink()
+    run(corpus, out, num_workers=2, **settings)
+    assert files(out) == before
+    with pytest.raises(UsageError, match=r"prepared with other settings: segment_seconds 10.0 \(now 20.0\)"):
+        run(corpus, out, **settings | {"segment_seconds": None})
+    flags = json.loads((out / "prepare.json").read_text())["flags"]
+    config = parse_arguments(PrepareConfig, [*flags, "--data_dir", str(out)], "")
+    assert (config.untranscribed, config.segment_seconds, config.chunk_size) == (True, 10.0, 3)
+
+
+def test_one_long_recording_is_divided_by_its_pieces(tmp_path):
+    corpus = write_recordings(tmp_path / "radio", {"day.wav": 95.0})
+    run(corpus, tmp_path / "out", untranscribed=True, segment_seconds=5.0)
+    rows = all_rows(tmp_path / "out")
+    assert len(rows["dev"]) == 1 and len(rows["train"]) > 18
+    run(corpus, tmp_path / "all", untranscribed=True, segment_seconds=5.0, dev_fraction=0.0)
+    rows = all_rows(tmp_path / "all")
+    assert not rows["dev"]
+    assert [row["id"] for row in rows["train"]] == [f"day.wav#{number + 1:04d}" for number in range(len(rows["train"]))]
+
+
+def test_a_recording_that_is_most_of_a_corpus_is_not_held_out_whole(tmp_path, capsys):
+    seconds = {"short.wav": 2.0, "long.wav": 200.0, "longer.wav": 240.0}
+    corpus = write_recordings(tmp_path / "radio", seconds)
+    for seed in range(4):  # one of which would hold out each of them
+        out = tmp_path / f"out{seed}"
+        run(corpus, out, untranscribed=True, segment_seconds=5.0, dev_fraction=0.02, seed=seed)
+        rows = all_rows(out)
+        assert 1 <= len(rows["dev"]) <= 0.04 * len(rows["train"])
+    said = capsys.readouterr().out
+    assert "divided by recording" in said and "divided by utterance" in said
+
+
+def test_own_dev_and_test_of_a_corpus_stay_out_of_untranscribed_training(tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "corpus", {"train": 7, "dev": 2, "test": 1})
+    run(corpus, tmp_path / "out", untranscribed=True)
+    rows = all_rows(tmp_path / "out")
+    assert {split: len(of_split) for split, of_split in rows.items()} == {"train": 7, "dev": 2, "test": 1}
+    assert all(row["text"] == "" for split in rows.values() for row in split)
+    assert "the corpus's own dev (2 rows) and test (1 rows) stay out of training" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"prepared with other settings: .*untranscribed True \(now None\)"):
+        run(corpus, tmp_path / "out")
+
+
+def test_segments_of_a_manifest_are_cut_too(tmp_path):
+    corpus = write_recordings(tmp_path / "corpus", {"a.wav": 40.0})
+    (corpus / "manifest.csv").write_text("path,offset,duration\na.wav,2,30\na.wav,33,5\n")
+    run(corpus, tmp_path / "out", untranscribed=True, dev_fraction=0.0)
+    rows = all_rows(tmp_path / "out")["train"]
+    assert [row["id"] for row in rows] == ["a.wav#2#0001", "a.wav#2#0002", "a.wav#33"]
+    assert sum(row["num_samples"] for row in rows) == 35 * 16_000
+
+
+def test_validated_without_text_still_leaves_out_the_sentences_of_dev_and_test(tmp_path):
+    corpus = write_validated_corpus(tmp_path / "corpus")
+    run(corpus, tmp_path / "with", train_split="validated")
+    run(corpus, tmp_path / "without", train_split="validated", untranscribed=True)
+    with_text, without = (all_rows(tmp_path / name) for name in ("with", "without"))
+    for split in with_text:
+        assert [row["id"] for row in without[split]] == [row["id"] for row in with_text[split]]
+    assert dropped(tmp_path / "without") == dropped(tmp_path / "with")
+
+
+def test_untranscribed_data_is_refused_where_texts_are_needed(tmp_path):
+    corpus = write_recordings(tmp_path / "radio", {"a.wav": 2.0, "b.wav": 2.0})
+    run(corpus, tmp_path / "data", untranscribed=True)
+    with pytest.raises(UsageError, match="was prepared with --untranscribed and has no texts: pre-train on it"):
+        integrity.require_texts([tmp_path / "data"])
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "data")
+    with training() as train:
+        assert train("--config", recipe, "--output_dir", tmp_path / "run") == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"segment_seconds": 5.0}, "--segment_seconds belongs to --untranscribed"),
+        ({"dev_fraction": 0.1}, "--dev_fraction belongs to --untranscribed"),
+        ({"untranscribed": True, "segment_seconds": 0.5}, "--segment_seconds is 0.5, it must lie in 1 .. 120"),
+        ({"untranscribed": True, "dev_fraction": 1.0}, "--dev_fraction is 1.0"),
+        ({"untranscribed": True, "text_column_name": "t"}, "--text_column_name does not go with --untranscribed"),
+        ({"untranscribed": True, "split_by": "sentence"}, "--split_by sentence does not go"),
+        ({"untranscribed": True, "split_by": "speaker", "dev_fraction": 0.1}, "--dev_fraction does not go"),
+    ],
+)
+def test_settings_of_untranscribed_preparation(settings, message):
+    (error,) = PrepareConfig(corpus="a", data_dir="b", **settings).errors()
+    assert message in error

@@ -1,22 +1,48 @@
 """pretraining.py and its batches against transformers, and against themselves when an update is cut."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures import GROUP, LAYER, STILL, TINY
-from transformers import MODEL_FOR_PRETRAINING_MAPPING, Wav2Vec2Config
+from architectures import (
+    GROUP,
+    LARGE_960H,
+    LAYER,
+    STILL,
+    TINY,
+    XLS_R_300M,
+    shrink,
+    write_published_like_checkpoint,
+)  # fmt: skip
+from architectures import Settings as CTCSettings
+from transformers import (
+    MODEL_FOR_PRETRAINING_MAPPING,
+    HubertConfig,
+    HubertForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2ForPreTraining,
+)  # fmt: skip
 from transformers.models.wav2vec2 import modeling_wav2vec2
 
 from data import Utterance
-from model import num_frames
-from pretrained import LoadedPretraining, load_pretraining_model
+from errors import UsageError
+from model import draw_masks, num_frames
+from pretrained import (
+    LoadedPretraining,
+    _quiet_transformers,
+    load_model,
+    load_pretraining_model,
+    save_pretraining_model,
+)  # fmt: skip
 from pretraining import (
     PretrainingModel,
+    collapse_reason,
     diversity,
     diversity_gradient,
     draw_gumbel_noise,
@@ -24,7 +50,7 @@ from pretraining import (
     perplexity,
     pretraining_losses,
 )
-from pretraining_data import PretrainingBatch, PretrainingCollator, PretrainingMasks, draw_distractors
+from pretraining_data import PretrainingBatch, PretrainingCollator, PretrainingMasks, draw_distractors, shortest_samples
 
 SMALL_CODES = {
     "codevector_dim": 24, "proj_codevector_dim": 20, "num_codevector_groups": 2, "num_codevectors_per_group": 12,
@@ -355,7 +381,7 @@ def test_noise_is_gumbels_and_each_rows_own():
 @pytest.mark.parametrize("frames", [9, 10, 14, 37, 250, 749])
 def test_masked_share_of_pretraining_is_that_of_transformers(frames):
     masks, rng = PretrainingMasks(), np.random.default_rng(1)
-    ours = np.array([modelled_draw(frames, masks, rng) for _ in range(2000)])
+    ours = np.array([draw_masks(frames, 32, masks, rng)[0] for _ in range(2000)])
     if frames < 10:
         assert not ours.any()
         return
@@ -369,12 +395,6 @@ def test_masked_share_of_pretraining_is_that_of_transformers(frames):
     assert np.abs(ours.mean(0) - theirs.mean(0)).max() < 0.08
     if frames == 749:
         assert 0.44 < ours.mean() < 0.54, "about half, as published"
-
-
-def modelled_draw(frames: int, masks: PretrainingMasks, rng: np.random.Generator) -> np.ndarray:
-    from model import draw_masks
-
-    return draw_masks(frames, 32, masks, rng)[0]
 
 
 def test_distractors_are_uniform_over_the_other_masked_frames():
@@ -431,7 +451,7 @@ def test_targets_are_known_before_a_clip_is_read(epoch):
 
 def test_shortest_clip_that_is_masked():
     masks, config = PretrainingMasks(), Wav2Vec2Config()
-    shortest = masks.shortest_samples(config)
+    shortest = shortest_samples(masks, config)
     assert num_frames(shortest, config.conv_kernel, config.conv_stride) == 10
     assert num_frames(shortest - 1, config.conv_kernel, config.conv_stride) == 9
     of_set = PretrainingCollator(True, config, masks, seed=5)
@@ -456,3 +476,195 @@ def test_pieces_of_a_batch_are_the_batches_of_their_rows():
     moved = whole.to(torch.device("meta"))
     assert moved.time_mask_BT.is_meta and moved.distractors_BMK.is_meta and moved.masked_frames_BM.is_meta
     assert not moved.num_masked_B.is_meta and not moved.sample_lengths_B.is_meta
+
+
+# --- From files and to files ---------------------------------------------------------------------------------------
+
+
+def opened_by_transformers(folder: Path) -> tuple[Wav2Vec2ForPreTraining, dict[str, Any]]:
+    with _quiet_transformers():
+        return Wav2Vec2ForPreTraining.from_pretrained(folder, output_loading_info=True)
+
+
+@pytest.mark.parametrize("weight_norm", ["weight_g", "parametrizations"])
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+def test_released_checkpoint_goes_through_pretraining_into_fine_tuning(tmp_path, file_format, weight_norm):
+    write_published_like_checkpoint(tmp_path / "released", shrink(XLS_R_300M), file_format, weight_norm)
+    loaded = load_pretraining_model(Settings(model_name_or_path=str(tmp_path / "released")))
+    # The published file lacks it, and nothing else.
+    assert loaded.notes == ["weights: wav2vec2.masked_spec_embed drawn anew, not in the checkpoint"]
+    assert loaded.feature_extractor.return_attention_mask is True
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(0.125)
+    save_pretraining_model(loaded, tmp_path / "pretrained")
+    theirs, info = opened_by_transformers(tmp_path / "pretrained")
+    assert not any(info.values()), "no key is missing, unexpected or of another shape"
+    weights = theirs.state_dict()
+    assert weights.keys() == loaded.model.hf.state_dict().keys()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.model.hf.state_dict().items())
+    assert theirs.config.mask_time_prob == 0.075, "fine-tuning masks as the released checkpoint would"
+    assert {path.name for path in (tmp_path / "pretrained").iterdir()} == {
+        "config.json", "model.safetensors", "preprocessor_config.json",
+    }  # fmt: skip
+
+    tuned = load_model(CTCSettings(model_name_or_path=str(tmp_path / "pretrained"), vocabulary="train"), lambda: ["ab"])
+    encoder = tuned.model.hf.wav2vec2.state_dict()
+    assert all(torch.equal(value, encoder[name]) for name, value in loaded.model.hf.wav2vec2.state_dict().items())
+    assert tuned.notes[1:] == [
+        "head: new, 5 outputs; there was none",
+        "weights: 7 of the checkpoint not used (project_hid, project_q, quantizer)",
+    ]
+    again = load_pretraining_model(Settings(model_name_or_path=str(tmp_path / "pretrained")))
+    assert again.notes == []
+
+
+def test_fine_tuned_checkpoint_gets_a_new_quantizer(tmp_path):
+    write_published_like_checkpoint(tmp_path / "tuned", shrink(LARGE_960H), "safetensors")
+    first, again, other = (
+        load_pretraining_model(Settings(model_name_or_path=str(tmp_path / "tuned"), seed=seed)) for seed in (7, 7, 8)
+    )
+    assert first.notes == [
+        "weights: project_hid.bias, project_hid.weight, project_q.bias, project_q.weight, quantizer.codevectors and 3 "
+        "more drawn anew, not in the checkpoint",
+        "weights: 2 of the checkpoint not used (lm_head)",
+    ]
+    weights = [one.model.hf.state_dict() for one in (first, again, other)]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), f"{name} is drawn by the seed"
+    for name in ("quantizer.codevectors", "quantizer.weight_proj.weight", "project_q.weight", "project_hid.weight"):
+        assert not torch.equal(weights[0][name], weights[2][name])
+    assert torch.equal(weights[0]["wav2vec2.feature_projection.projection.weight"],
+                       weights[2]["wav2vec2.feature_projection.projection.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize("of", ["model_config", "checkpoint"])
+def test_a_model_that_shall_not_mask_in_fine_tuning_is_pretrained_all_the_same(tmp_path, of):
+    """Transformers gives such a model no mask embedding; here it has one, and keeps its configuration."""
+    unmasked = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+    if of == "model_config":
+        loaded = tiny({"model_type": "wav2vec2", **LAYER, **unmasked})
+    else:
+        plain = Wav2Vec2ForPreTraining(Wav2Vec2Config(**{**TINY, **SMALL_CODES, **unmasked}))
+        plain.save_pretrained(tmp_path / "plain")
+        loaded = load_pretraining_model(Settings(model_name_or_path=str(tmp_path / "plain")))
+        assert loaded.notes[0].startswith("weights: wav2vec2.masked_spec_embed drawn anew")
+    model = loaded.model.train()
+    pretraining_losses(model, collate(model, [0, 1]), None, TEMPERATURE)[1].sum().backward()
+    assert model.hf.wav2vec2.masked_spec_embed.grad.any()
+    save_pretraining_model(loaded, tmp_path / "pretrained")
+    theirs, info = opened_by_transformers(tmp_path / "pretrained")
+    assert not info["missing_keys"] and theirs.config.mask_time_prob == 0.0
+    tuned = load_model(CTCSettings(model_name_or_path=str(tmp_path / "pretrained"), vocabulary="train"), lambda: ["ab"])
+    assert not tuned.model.masks_time
+    again = load_pretraining_model(Settings(model_name_or_path=str(tmp_path / "pretrained")))
+    assert torch.equal(again.model.hf.wav2vec2.masked_spec_embed, model.hf.wav2vec2.masked_spec_embed)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("hubert", "predicts clusters of an earlier model"),
+        ("wavlm", "predicts clusters of an earlier model"),
+        ("data2vec-audio", "predicts what a slower copy of itself hears"),
+        ("unispeech", "learns from transcripts too"),
+        ("unispeech-sat", "learns from clusters and speakers"),
+        ("whisper", "has no such model"),
+        (None, "has no such model"),
+    ],
+)
+def test_families_with_another_objective_are_refused_by_name(family, reason):
+    with pytest.raises(UsageError, match=f"model_type is {family!r}, which {reason}.*wav2vec2, wav2vec2-conformer"):
+        load_pretraining_model(Settings(model_config={"model_type": family}))
+
+
+def test_checkpoint_of_another_family_is_refused_by_name(tmp_path):
+    HubertForCTC(HubertConfig(**TINY)).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"config.json: model_type is 'hubert', which predicts clusters"):
+        load_pretraining_model(Settings(model_name_or_path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_codevectors_per_group": 13}, "disagree on the shape of quantizer"),
+        ({"num_negatives": 0}, "num_negatives is 0"),
+        ({"num_negativs": 5}, "unknown field num_negativs, nearest is num_negatives"),
+        ({"vocab_size": 5}, "vocab_size follows from the vocabulary"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, overrides, message):
+    write_published_like_checkpoint(tmp_path, shrink(XLS_R_300M), "safetensors")
+    with pytest.raises(UsageError, match=message):
+        load_pretraining_model(Settings(model_name_or_path=str(tmp_path), model_overrides=overrides))
+
+
+def test_groups_that_do_not_divide_the_code_are_refused():
+    with pytest.raises(UsageError, match=r"model_config does not make a wav2vec2 model: .*codevector_dim"):
+        tiny({"model_type": "wav2vec2", "num_codevector_groups": 5})
+
+
+# --- Collapse ------------------------------------------------------------------------------------------------------
+
+
+def log_of(
+    perplexities: Sequence[float],
+    losses: Sequence[float] | float = 4.0,
+    accuracies: Sequence[float] | float = 0.1,
+    every: int = 50,
+) -> list[dict[str, float]]:
+    """Rows of a training log, with one of an evaluation between them, which has no figures of training."""
+    count = len(perplexities)
+    losses, accuracies = (list(np.broadcast_to(one, count)) for one in (losses, accuracies))
+    rows = []
+    for number, values in enumerate(zip(perplexities, losses, accuracies, strict=True), 1):
+        names = ("code_perplexity", "contrastive_loss", "accuracy")
+        rows.append({"step": number * every, **dict(zip(names, values, strict=True))})
+        rows.append({"step": number * every, **dict.fromkeys(names, math.nan), "eval_loss": 4.0})
+    return rows  # fmt: skip
+
+
+def test_the_collapse_of_transformers_14387_is_named():
+    """Its log: loss 0.000, perplexity 2.000, for good."""
+    reason = collapse_reason(
+        log_of([80, 40, 9, 2, 2, 2, 2, 2], [4, 3, 1, 0, 0, 0, 0, 0], [0.1] * 3 + [1.0] * 5), 2, 640
+    )
+    assert reason.startswith("pre-training has collapsed at step 400: the code perplexity is 2.00 of 640")
+    assert "loss is 0.0000 and the accuracy 100.0%" in reason
+    assert all(word in reason for word in ("#14387", "#12934", "--learning_rate", "--warmup_steps", "--diversity_loss"))
+    assert "\n" not in reason
+
+
+def test_one_code_per_group_is_a_collapse_while_the_loss_is_still_high():
+    log = log_of([80, 20, 2.1, 2.05, 2.02, 2.01, 2.0])
+    assert "each of the 2 groups uses one code" in collapse_reason(log, 2, 640)
+    assert "no row since step 150 has more than 2.10" in collapse_reason(log, 2, 640)
+
+
+def test_a_collapse_needs_several_rows():
+    for count in range(1, 5):
+        assert collapse_reason(log_of([80, 60] + [2.0] * count, 0.0, 1.0), 2, 640) is None
+    assert collapse_reason(log_of([80, 60] + [2.0] * 5, 0.0, 1.0), 2, 640)
+    assert collapse_reason(log_of([80, 2, 2, 2, 9, 2, 2]), 2, 640) is None, "one row above in between"
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        log_of([]),
+        log_of([2.0, 2.1, 2.0, 2.2, 2.6, 4, 9, 30, 90]),  # a healthy start: few codes, then more
+        log_of([2.0] * 8),  # not yet: 400 updates, which may be the warm-up
+        log_of(np.linspace(2.0, 2.19, 30)),  # over 1,000 updates, and rising
+        log_of([300, 250, 200, 150, 120, 100, 90, 80, 70, 64]),  # a slow decline, as in the middle of good runs
+        log_of([18] * 8, 3.6, 0.5),  # fairseq#2981
+        log_of([30] * 8, 0.04, 0.99),  # an easy corpus, with fifteen codes of each group
+        [{"step": 50, "train_loss": 1.0}],
+    ],
+)
+def test_what_may_still_learn_is_no_collapse(log):
+    assert collapse_reason(log, 2, 640) is None
+
+
+def test_a_run_that_never_wakes_is_stopped_after_a_thousand_updates():
+    assert collapse_reason(log_of([2.0] * 19), 2, 640) is None
+    assert "each of the 2 groups uses one code" in collapse_reason(log_of([2.0] * 20), 2, 640)
