@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from config import PrepareConfig, TrainConfig, field_docstrings, parse_arguments, write_config
+from config import PrepareConfig, PretrainConfig, TrainConfig, field_docstrings, parse_arguments, write_config
 from errors import UsageError
 from levers import METRICS
 
@@ -108,7 +108,8 @@ def test_a_checkpoint_named_by_a_flag_replaces_the_recipes_model_config(tmp_path
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_is_accepted(path: Path) -> None:
-    config = parse_arguments(TrainConfig, ["--config", str(path)], "")
+    kind = PretrainConfig if path.stem.startswith("pretrain") else TrainConfig
+    config = parse_arguments(kind, ["--config", str(path)], "")
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert {name: getattr(config, name) for name in given} == {
         name: float(value) if isinstance(value, str) and name == "learning_rate" else value

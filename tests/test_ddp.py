@@ -37,6 +37,7 @@ from conftest import (
     write_recipe,
 )
 from test_prepare import write_corpus
+from test_pretrain import write_pretraining_recipe
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,7 +48,7 @@ from clock import PHASE_COLUMNS
 
 SECONDS_FOR_A_RUN = 120
 HANG_SECONDS = 12
-OUTPUT_FLAGS = {"train": "output_dir", "evaluate": "output_dir", "prepare": "data_dir"}
+OUTPUT_FLAGS = {"train": "output_dir", "pretrain": "output_dir", "evaluate": "output_dir", "prepare": "data_dir"}
 # What a run imports, some of it late: once for all ranks.
 COSTLY_MODULES = (
     "train", "torch._dynamo", "transformers.models.wav2vec2.modeling_wav2vec2", "transformers.pipelines", "pandas",
@@ -97,12 +98,13 @@ def _fork_rank(rank: int, request: dict) -> int:
     failure = request["failure"] if request["failure"] and request["failure"]["rank"] == rank else None
     if request["program"] == "prepare":
         _note_parts(folder / f"rank_{rank}.parts", failure)
-    if request["program"] != "train":
+    if request["program"] not in ("train", "pretrain"):
         from errors import exit_status
 
         sys.exit(exit_status(importlib.import_module(request["program"]).main))
     # The interpreter ends as it does for a user: that is where processes without end_training abort (trap 8).
-    sys.exit(_run_rank(folder / f"rank_{rank}.pt", request["stop_at"], failure, request["counts_exchanges"]))
+    command = importlib.import_module(request["program"]).main
+    sys.exit(_run_rank(command, folder / f"rank_{rank}.pt", request["stop_at"], failure, request["counts_exchanges"]))
 
 
 def _note_parts(path: Path, failure: dict | None) -> None:
@@ -201,7 +203,9 @@ class Exchanges(TorchDispatchMode):
         return function(*arguments, **(settings or {}))
 
 
-def _run_rank(record_path: Path, stop_at: int | None, failure: dict | None, counts_exchanges: bool) -> int:
+def _run_rank(
+    command: Callable[[], None], record_path: Path, stop_at: int | None, failure: dict | None, counts_exchanges: bool
+) -> int:
     import scoring
     import train
     from errors import exit_status
@@ -244,7 +248,7 @@ def _run_rank(record_path: Path, stop_at: int | None, failure: dict | None, coun
 
     train.train_step, train.evaluate, scoring.score_one = recording_train_step, recording_evaluate, recording_score_one
     try:
-        return exit_status(train.main)
+        return exit_status(command)
     finally:
         torch.save(record, record_path)
 
@@ -462,6 +466,37 @@ def test_processes_exchange_once_per_update_behind_its_last_micro_batch(
     assert full == [[*["forward", "backward"] * 3, "allreduce_", "allreduce_"]] * 2
     # The last update of the epoch is a single clip: one of the ranks has nothing to pass through the model.
     assert sorted(short, key=len) == [["allreduce_"] * 2, ["forward", "backward", *["allreduce_"] * 2]]
+
+
+@pytest.mark.slow
+def test_promises_1_and_3_pre_training_by_two_processes_is_that_of_one(
+    prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Losses, codes in use and gradients, with a rank that has nothing in an epoch's last update; then a resume."""
+    recipe = write_pretraining_recipe(
+        tmp_path / "recipe.yaml", prepared, max_steps=6, eval_steps=3, save_steps=2, per_device_train_batch_size=2,
+        max_grad_norm=1e9,
+    )  # fmt: skip
+    flags = ("--config", recipe, "--max_batch_seconds", "1.5")
+    alone = run_ranks(1, "alone", *flags, "--gradient_accumulation_steps", 2, program="pretrain")
+    both = run_ranks(2, "both", *flags, program="pretrain")
+    for step in range(6):
+        assert both.trained(step) == alone.trained(step)
+        one, other = alone.records[0]["gradients"][step], both.records[0]["gradients"][step]
+        assert torch.equal(other, both.records[1]["gradients"][step])
+        if step == 0:  # later ones have weights that rounding has moved apart
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5 * float(one.abs().max()))
+    assert [] in (both.records[rank]["trained"][3] for rank in (0, 1))  # 13 utterances in updates of four
+    for name in ("train_loss", "code_perplexity", "contrastive_loss", "eval_loss", "eval_accuracy"):
+        assert both.column(name)[:2] == pytest.approx(alone.column(name)[:2], rel=1e-5, nan_ok=True), name
+        assert both.column(name) == pytest.approx(alone.column(name), rel=1e-3, nan_ok=True), name
+    run_ranks(2, "parts", *flags, stop_at=3, program="pretrain")
+    parts = run_ranks(2, "parts", *flags, "--resume_from_checkpoint", "last", program="pretrain")
+    whole, resumed = both.state(6), parts.state(6)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for name in ("train_loss", "code_perplexity", "accuracy", "eval_loss"):
+        assert parts.column(name) == pytest.approx(both.column(name), rel=0, abs=0, nan_ok=True), name
 
 
 @pytest.mark.slow
