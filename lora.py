@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from levers import Adaptation
     from model import CTCModel
 
-INSTALL = "pip install 'peft>=0.17'"
+INSTALL = "pip install 'peft>=0.18'"
 # peft keeps several additions under names; there is one here.
 NAME = "default"
 # Query and value projections, as in the paper; by family where they have other names.

@@ -79,6 +79,8 @@ REFUSED = {
     "parakeet_ctc": "takes log-mel features, not waveforms; use facebook/wav2vec2-large-960h",
     "lasr_ctc": "takes log-mel features, not waveforms; use facebook/wav2vec2-large-960h",
     "granite_speech5_ctc": "takes log-mel features, not waveforms; use facebook/wav2vec2-large-960h",
+    "omniasr_ctc": "has a vocabulary of word pieces and its encoder's settings in a part of their own, which is not "
+    "read here; use facebook/mms-1b-all",
     # Their layers see every second frame, pooled across the end of a shorter row: a text would depend on the batch.
     "sew": "halves the frames between convolutions and layers, for which padding is not masked here; use facebook/"
     "wav2vec2-base",
@@ -358,7 +360,8 @@ def _check_architecture(hf_config: PretrainedConfig, source: object) -> None:
 
 
 def _override(hf_config: PretrainedConfig, fields: Mapping[str, Any], source: str) -> None:
-    known = hf_config.to_dict().keys() - {"model_type", "vocab_size", "pad_token_id"}
+    # Data2Vec-audio's model reads the first, and its configuration lacks it.
+    known = {"apply_spec_augment"} | (hf_config.to_dict().keys() - {"model_type", "vocab_size", "pad_token_id"})
     problems = []
     for name, value in fields.items():
         if name in ("vocab_size", "pad_token_id"):
