@@ -22,7 +22,7 @@ from overlap import find_overlap
 from pretrained import load_model
 from processes import main_first
 from selection import select_training_rows
-from sharding import whole
+from sharding import asks_for_sharding, whole
 from text import TextNormalizer
 from transcripts import measure_texts
 
@@ -56,6 +56,11 @@ class Assembly(Foundation):
             config.seed,
             num_views=2 if config.consistency_weight > 0 else 1,
         )
+        if config.trains_parts and asks_for_sharding():
+            raise UsageError(
+                "FSDP divides moments and gradients, of which --train_adapters and --lora_rank leave few: train "
+                "without FSDP (--multi_gpu)"
+            )
         self._place_model(self.loaded.model)
         if config.consistency_weight > 0 and not any(masked_axes(self.hf_config)):
             raise UsageError(
@@ -112,6 +117,11 @@ class Assembly(Foundation):
             head = {parameter for name, parameter in self.model.named_parameters() if is_of_head(name)}
             self.gradients.freeze(lambda parameter: is_frozen and parameter not in head)
             self._is_encoder_frozen = is_frozen
+
+    @property
+    def keeps_trained_alone(self) -> bool:
+        """Adapters and LoRA: the rest is read again from the model that the run began with, if there was one."""
+        return self.config.trains_parts and self.config.model_name_or_path is not None
 
     @property
     def training_lengths(self) -> np.ndarray:

@@ -2,9 +2,12 @@
 
 A checkpoint is a folder of the run directory:
 
-    checkpoints/step_000500/tensors.safetensors   every tensor (weights, optimizer moments, random states)
+    checkpoints/step_000500/tensors.safetensors   every tensor (weights, optimizer moments, averages)
                             state.json            everything else
                             manifest.json         size and SHA-256 of the two
+
+Of a run that trains adapters or LoRA alone the weights are those that are trained; the state has the checksum of the
+others, which are read from the model that the run began with.
 
 No file is a pickle (promise 7). Only the main process writes, prunes, mends and searches; every rank may load.
 """
@@ -262,6 +265,15 @@ def _check_named(run_dir: Path, which: str) -> Path:
     if damage is not None:
         raise UsageError(f"--resume_from_checkpoint {which}: {damage}; `last` takes the newest intact checkpoint")
     return folder
+
+
+def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and bytes, whatever the device; one tensor at a time is copied to the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {list(tensors[name].shape)}\n".encode())
+        digest.update(_bytes_of(tensors[name].contiguous()).numpy())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from errors import UsageError
-from levers import Augmentation, Course, Dropouts, PretrainingMasks, Rates, Regularisation, Selection
+from levers import Adaptation, Augmentation, Course, Dropouts, PretrainingMasks, Rates, Regularisation, Selection
 from text import DEFAULT_RULES
 
 Config = TypeVar("Config")
@@ -279,6 +279,8 @@ class RunSettings:
 class TextSettings:
     """What of the texts is learned, which utterances are, and which are scored."""
 
+    target_lang: str | None = None
+    """Language of a checkpoint that holds many (MMS), such as hau: its adapters, its output layer, its vocabulary."""
     vocabulary: str = "auto"
     """`model`: the checkpoint's; `train`: built from the training text; `large_960h`: the 32 tokens of
     facebook/wav2vec2-large-960h; a vocab.json; `auto`: the checkpoint's where it has one, else `train`."""
@@ -314,7 +316,7 @@ class TextSettings:
 
 
 @dataclass(frozen=True)
-class TrainConfig(Augmentation, Regularisation, Rates, Selection, TextSettings, RunSettings):
+class TrainConfig(Augmentation, Regularisation, Rates, Adaptation, Selection, TextSettings, RunSettings):
     """Settings of train.py. Every interval counts optimizer steps; precision and processes belong to the launcher."""
 
     command: ClassVar[str] = "train.py"
@@ -322,7 +324,10 @@ class TrainConfig(Augmentation, Regularisation, Rates, Selection, TextSettings, 
     def errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         levers = self.rate_errors() + self.regularisation_errors() + self.augmentation_errors()
-        levers += self.selection_errors()
+        levers += self.selection_errors() + self.adaptation_errors()
+        if self.trains_parts and not self.freeze_feature_encoder:
+            part = "train_adapters" if self.train_adapters else "lora_rank"
+            levers.append(f"--freeze_feature_encoder false contradicts --{part}, which trains nothing of the encoder")
         return super().errors() + self.text_errors() + levers
 
 
@@ -418,6 +423,8 @@ class EvaluateConfig:
 
     model_name_or_path: str = ""
     """Fine-tuned model: RUN/model, another folder, or a name on the Hugging Face hub."""
+    target_lang: str | None = None
+    """Language of a model that holds many (MMS), such as hau: its adapters, its output layer, its vocabulary."""
     data_dir: str = ""
     """Folder that prepare.py wrote."""
     split: Literal["test", "dev", "train"] = "test"
@@ -503,6 +510,8 @@ class TranscribeConfig:
     """Files, folders, patterns (`'clips/*.mp3'`), or - for stdin."""
     model_name_or_path: str = ""
     """Fine-tuned model: RUN/model, another folder, or a name on the Hugging Face hub."""
+    target_lang: str | None = None
+    """Language of a model that holds many (MMS), such as hau: its adapters, its output layer, its vocabulary."""
     format: Literal["txt", "json", "srt", "vtt", "ctm", "all"] = "txt"
     """`json` and `ctm` have the time and confidence of every word, `srt` and `vtt` are subtitles; `all` needs
     --output_dir."""

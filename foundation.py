@@ -24,7 +24,7 @@ from processes import RankStatus, SharedGradients, check_same_on_all_ranks, choo
 from sampling import check_column, check_sampling, plan_sampling
 from schedule import Schedule
 from selection import Selection, draw_subset
-from sharding import ShardedGradients, asks_for_sharding, is_sharded, shard
+from sharding import PREFIX, ShardedGradients, asks_for_sharding, is_sharded, shard, state_of
 from slices import Trained, draw_stratified
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ class Foundation:
         """Samples that training utterances can have: [N], or where augmentation changes them N for each way."""
         return self.plan.num_samples
 
+    @property
+    def keeps_trained_alone(self) -> bool:
+        """Whether a checkpoint holds only the weights that are trained."""
+        return False
+
     def probe_batch(self, batch: Batch) -> Batch:
         """A batch of noise as a training step would get it."""
         return batch
@@ -147,6 +152,8 @@ class Foundation:
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        named = self.model.named_parameters()
+        self.trained_names = {name.removeprefix(PREFIX) for name, value in named if value.requires_grad}
         self.gradients = ShardedGradients(trained) if self.is_sharded else SharedGradients(trained)
         if self.accelerator.scaler is not None:
             # A rank whose cut is empty scales no loss, and unscaling needs the scale on its device.
@@ -154,6 +161,11 @@ class Foundation:
         self.ema = None if config.ema_decay is None else MovingAverage(self.model, config.ema_decay)
         self.leave_out_next_step(torch.ones((), device=device))
         optimizer.step()  # Makes the moments, so that their memory is counted before step 1.
+
+    def weights_to_keep(self) -> dict[str, torch.Tensor]:
+        """Of a checkpoint, LoRA's additions by themselves; no buffer changes, since batch norm keeps its statistics."""
+        weights = state_of(self.model)
+        return {name: weights[name] for name in weights if not self.keeps_trained_alone or name in self.trained_names}
 
     def leave_out_next_step(self, is_left_out: torch.Tensor) -> None:
         """Make the fused optimizer skip its next step where `is_left_out` is 1, as a loss scaler would."""

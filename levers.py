@@ -1,4 +1,4 @@
-"""Settings of train.py that lower the error rate without changing data or architecture; all off by default.
+"""Settings of train.py that lower the error rate or the cost without changing data or encoder; all off by default.
 
 Each group is a part of TrainConfig: its fields are flags and YAML keys of their own.
 """
@@ -309,6 +309,50 @@ def _length_errors(settings: object) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Adaptation:
+    """Small parts that are trained alone, in an encoder that stays as it is: adapters.py and lora.py."""
+
+    train_adapters: bool = False
+    """Train attention adapters (as MMS has them), their norms and the output layer, and nothing else; an encoder of
+    wav2vec2, XLS-R or MMS that has none gets them."""
+    adapter_attn_dim: int | None = None
+    """Width of new adapters; 16 when not given."""
+    lora_rank: int | None = None
+    """Train low-rank additions (LoRA) of this rank, and the output layer, and nothing else; needs the package peft."""
+    lora_alpha: int | None = None
+    """The additions count lora_alpha / lora_rank times; twice the rank when not given."""
+    lora_dropout: float = 0.0
+    """Dropout before the additions."""
+    lora_target_modules: list[str] = dataclasses.field(default_factory=list)
+    """Matrices that get an addition; when not given q_proj and v_proj, for wav2vec2-conformer linear_q and linear_v,
+    for WavLM intermediate_dense and output_dense."""
+
+    @property
+    def trains_parts(self) -> bool:
+        """Whether the encoder's own weights stay as they are."""
+        return self.train_adapters or self.lora_rank is not None
+
+    def adaptation_errors(self) -> list[str]:
+        """Every setting that is out of its range, with the limit."""
+        found, default = [], Adaptation()
+        if self.train_adapters and self.lora_rank is not None:
+            found.append("--train_adapters and --lora_rank are two ways to the same end: give one of them")
+        owners = {"adapter_attn_dim": "train_adapters"}
+        owners |= dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"), "lora_rank")
+        for name, owner in owners.items():
+            is_idle = getattr(self, owner) in (None, False)
+            if is_idle and getattr(self, name) != getattr(default, name):
+                found.append(f"--{name} does nothing without --{owner}")
+        for name in ("adapter_attn_dim", "lora_rank", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"--{name} is {value}, at least 1 is needed")
+        if not 0 <= self.lora_dropout < 1:
+            found.append(f"--lora_dropout is {self.lora_dropout:g}, it must lie in [0, 1)")
+        return found
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which weights of the run become the final model, and when there will be no better ones."""
 
@@ -346,7 +390,7 @@ class Selection:
         return found
 
 
-FINE_TUNING = (Augmentation, Regularisation, Rates, Selection)
+FINE_TUNING = (Augmentation, Regularisation, Rates, Adaptation, Selection)
 PRETRAINING = (Dropouts, PretrainingMasks, Course)
 
 
@@ -367,6 +411,6 @@ def describe(config: object, parts: tuple[type, ...] = FINE_TUNING) -> str:
 
 # What the encoder's configuration does not say already.
 IDENTITY = (
-    *(field.name for part in (Augmentation, Rates, Selection) for field in dataclasses.fields(part)),
+    *(field.name for part in (Augmentation, Rates, Adaptation, Selection) for field in dataclasses.fields(part)),
     *("weight_decay", "label_smoothing", "consistency_weight"),
 )

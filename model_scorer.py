@@ -63,9 +63,9 @@ class ModelScorer:
         check_same(self.status, fingerprint, "give every host the same data, or --data_dir on shared storage")
         name = config.model_name_or_path
         with main_first(accelerator):
-            self.loaded = load_recogniser(name)
+            self.loaded = load_recogniser(name, config.target_lang)
             rules = {"case": config.case, "characters_to_ignore": config.characters_to_ignore}
-            self.rules = read_rules(find_checkpoint_folder(name), **rules)
+            self.rules = read_rules(find_checkpoint_folder(name, config.target_lang), **rules)
         self.model = self.loaded.model.to(accelerator.device)
         check_same_on_all_ranks(accelerator, self.model)
         self.vocabulary = self.loaded.vocabulary

@@ -292,15 +292,17 @@ def check_disk(folder: Path, needed_bytes: int) -> Finding:
 def disk_bytes(assembly: "Foundation") -> int:
     """What the run will hold on the disk at most.
 
-    Checkpoints with two moments per trained weight and, where asked for, its moving average, one more while it is
-    written; the best model twice; the weights to average, with those that older checkpoints count on.
+    Checkpoints with the weights (of adapters and LoRA those that are trained), two moments per trained weight and,
+    where asked for, its moving average, one more while it is written; the best model twice; the weights to average,
+    with those that older checkpoints count on.
     """
     trained, frozen = parameter_counts(assembly.model)
     weights = (trained + frozen) * BYTES_PER_WEIGHT
+    kept = trained * BYTES_PER_WEIGHT if assembly.keeps_trained_alone else weights
     per_weight = 2 + (assembly.ema is not None)
     checkpoints = assembly.config.save_total_limit + 1
     models = 2 + _averaged_models(assembly)
-    return checkpoints * (weights + per_weight * trained * BYTES_PER_WEIGHT) + models * weights
+    return checkpoints * (kept + per_weight * trained * BYTES_PER_WEIGHT) + models * weights
 
 
 def _averaged_models(assembly: "Foundation") -> int:

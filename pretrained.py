@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -40,11 +41,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+import adapters
+import lora
 from audio import SAMPLE_RATE_HZ
 from errors import RunFailed, UsageError
 from integrity import hash_file
 from model import CTCModel
 from pretraining import PretrainingModel
+from sharding import weights_of
 from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer, build_vocabulary, resolve_case
 
 if TYPE_CHECKING:
@@ -62,6 +66,27 @@ OTHER_OBJECTIVES = {
 }
 # Families that take waveforms and whose frame count follows from the convolutions alone.
 FAMILIES = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec-audio", "wav2vec2-conformer")
+# Families that are met, and cannot be trained here: why, and what can instead.
+REFUSED = {
+    "wav2vec2-bert": "takes log-mel features, not waveforms; use facebook/wav2vec2-xls-r-300m or facebook/mms-1b-all",
+    "whisper": "writes text token by token from log-mel features, without CTC; use facebook/wav2vec2-xls-r-300m",
+    "seamless_m4t": "writes text token by token from filter banks, without CTC; use facebook/mms-1b-all",
+    "seamless_m4t_v2": "writes text token by token from filter banks, without CTC; use facebook/mms-1b-all",
+    "speech_to_text": "writes text token by token from filter banks, without CTC; use facebook/wav2vec2-base-960h",
+    "speecht5": "writes text token by token, without CTC; use microsoft/wavlm-base-plus",
+    "moonshine": "writes text token by token, without CTC; use facebook/wav2vec2-base-960h",
+    "mctct": "takes log-mel features, not waveforms, and transformers 5 has dropped it; use facebook/mms-1b-all",
+    "parakeet_ctc": "takes log-mel features, not waveforms; use facebook/wav2vec2-large-960h",
+    "lasr_ctc": "takes log-mel features, not waveforms; use facebook/wav2vec2-large-960h",
+    "granite_speech5_ctc": "takes log-mel features, not waveforms; use facebook/wav2vec2-large-960h",
+    "omniasr_ctc": "has a vocabulary of word pieces and its encoder's settings in a part of their own, which is not "
+    "read here; use facebook/mms-1b-all",
+    # Their layers see every second frame, pooled across the end of a shorter row: a text would depend on the batch.
+    "sew": "halves the frames between convolutions and layers, for which padding is not masked here; use facebook/"
+    "wav2vec2-base",
+    "sew-d": "halves the frames between convolutions and layers, for which padding is not masked here; use facebook/"
+    "wav2vec2-base",
+}
 # Any other attention named by a config.json would be fetched from the Hub and run.
 ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flex_attention")
 # What separates a pre-training checkpoint from a fine-tuned one (field-notes, trap 34). Anything else is refused.
@@ -118,41 +143,48 @@ def load_model(config: "TrainConfig", training_texts: Callable[[], Iterable[str]
         return _build_from_config(config, training_texts)
 
 
-def load_recogniser(name: str) -> LoadedModel:
-    """A fine-tuned model, to be scored or to write texts.
+def load_recogniser(name: str, target_lang: str | None = None) -> LoadedModel:
+    """A fine-tuned model, to be scored or to write texts; of one with many languages, one of them.
 
     Raises:
         UsageError: there is none, it is damaged, or its head has not been trained.
     """
     from config import TrainConfig
 
-    loaded = load_model(TrainConfig(model_name_or_path=name, vocabulary="model"), lambda: [])
+    config = TrainConfig(model_name_or_path=name, vocabulary="model", target_lang=target_lang)
+    loaded = load_model(config, lambda: [])
     if not loaded.head_fits:
         raise UsageError(f"{name} has no head for its vocabulary, it cannot write yet: fine-tune it with train.py")
     return loaded
 
 
 def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
-    folder = find_checkpoint_folder(config.model_name_or_path)
+    folder = find_checkpoint_folder(config.model_name_or_path, config.target_lang)
     hf_config = _read_config(folder)
     _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
     _check_architecture(hf_config, folder)
+    adapters_are_new = config.train_adapters and adapters.prepare(hf_config, config.adapter_attn_dim, folder)
     weights_file = _find_weights(folder)
-    tokenizer = _read_tokenizer(folder, hf_config.vocab_size, is_needed=config.vocabulary in ("auto", "model"))
+    is_needed = config.vocabulary in ("auto", "model")
+    tokenizer = _read_tokenizer(folder, hf_config.vocab_size, is_needed, config.target_lang)
     labels, notes = _choose_vocabulary(config, tokenizer, training_texts)
     same_labels = tokenizer is not None and labels == tokenizer.get_vocab()
     tokenizer = tokenizer if same_labels else build_tokenizer(labels)
 
     trained_outputs = hf_config.vocab_size
     _set_vocabulary(hf_config, tokenizer, len(labels))
-    weights = _read_weights(folder, hf_config, weights_file, config.seed, RECOGNITION)
-    hf = weights.model
-    head_fits = same_labels and weights.has_head and trained_outputs == len(labels)
+    weights = _read_weights(folder, hf_config, weights_file, config.seed, RECOGNITION, adapters_are_new)
+    hf, has_head = weights.model, weights.has_head
+    if config.target_lang is not None:
+        trained_outputs, has_head = _load_language(hf, folder, config.target_lang, same_labels), True
+        notes.append(f"adapters: those of {config.target_lang}")
+    elif hf_config.to_dict().get("adapter_attn_dim") is not None and (reason := _lacks_adapters(folder, weights)):
+        adapters.draw(hf, config.seed)
+        notes.append(f"adapters: drawn anew, {reason}")
+    head_fits = same_labels and has_head and trained_outputs == len(labels)
     if not head_fits:
         _draw_head(hf.lm_head, hf_config, config.seed)
-        old = (
-            f"the checkpoint's {trained_outputs} belong to another vocabulary" if weights.has_head else "there was none"
-        )
+        old = f"the checkpoint's {trained_outputs} belong to another vocabulary" if has_head else "there was none"
         notes.append(f"head: new, {len(labels)} outputs; {old}")
     notes += weights.notes()
     feature_extractor, said = _read_feature_extractor(folder, hf_config)
@@ -165,6 +197,10 @@ def _build_from_config(config: "TrainConfig", training_texts: Callable[[], Itera
     _override(hf_config, fields, "model_config")
     _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
     _check_architecture(hf_config, "model_config")
+    if config.target_lang is not None:
+        raise UsageError("--target_lang names adapters of a checkpoint (MMS), and model_config has random weights")
+    if config.train_adapters:
+        adapters.prepare(hf_config, config.adapter_attn_dim, "model_config")
     labels, notes = _choose_vocabulary(config, None, training_texts)
     tokenizer = build_tokenizer(labels)
     _set_vocabulary(hf_config, tokenizer, len(labels))
@@ -192,14 +228,23 @@ def _assemble(
     model = CTCModel(hf)
     if config.freeze_feature_encoder:
         model.freeze_feature_encoder()
+    if config.train_adapters:
+        adapters.train_alone(model)
+    if config.lora_rank is not None:
+        with _seeded(config.seed):
+            lora.train_alone(model, config)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     processor = Wav2Vec2Processor(feature_extractor=feature_extractor, tokenizer=tokenizer)
     return LoadedModel(model, processor, Vocabulary.from_tokenizer(tokenizer), notes, head_fits)
 
 
-def find_checkpoint_folder(name: str) -> Path:
+def find_checkpoint_folder(name: str, target_lang: str | None = None) -> Path:
     """The folder itself, or the snapshot of a Hub repository, downloaded when it is not on the disk yet.
+
+    Args:
+        name: of either.
+        target_lang: of a repository with many languages, that whose adapters are needed; no other's are downloaded.
 
     Raises:
         UsageError: there is neither.
@@ -215,7 +260,9 @@ def find_checkpoint_folder(name: str) -> Path:
         raise UsageError(f"--model_name_or_path {name}: there is no such folder")
     local = f"hf download {name} --local-dir {Path(name).name}"
     try:
-        return Path(_download(name))
+        return Path(_download(name, target_lang))
+    except UsageError:
+        raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UsageError(
             f"--model_name_or_path {name} is no folder here, and the Hugging Face Hub cannot be reached; on a machine "
@@ -243,7 +290,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         UsageError: it has no tokenizer of characters.
     """
     with _quiet_transformers():
-        tokenizer = _read_tokenizer(folder, _read_config(folder).vocab_size, is_needed=True)
+        tokenizer = _read_tokenizer(folder, _read_config(folder).vocab_size, is_needed=True, target_lang=None)
     if tokenizer is None:
         raise UsageError(f"{folder} has no tokenizer (vocab.json), it cannot write yet: fine-tune it with train.py")
     return Vocabulary.from_tokenizer(tokenizer)
@@ -255,9 +302,16 @@ def weights_checksum(folder: Path) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _download(name: str) -> str:
+def _download(name: str, target_lang: str | None) -> str:
     """The path of the snapshot. Without a network the one on the disk is taken, at once and without retries."""
     fetch = functools.partial(snapshot_download, name, etag_timeout=HUB_TIMEOUT_SECONDS)
+    if target_lang is not None:
+        # An unknown language is refused before gigabytes of weights are on their way.
+        _labels_of_language(Path(fetch(allow_patterns=list(TOKENIZER_FILES))), target_lang)
+        for pattern in adapters.LANGUAGE_FILES:
+            folder = Path(fetch(allow_patterns=[pattern.format(target_lang)]))
+            if (folder / pattern.format(target_lang)).is_file():
+                break
     folder = fetch(allow_patterns=["config.json", "model*.safetensors*", *TOKENIZER_FILES, *PROCESSOR_FILES])
     if not any((Path(folder) / weights).is_file() for weights in WEIGHT_FILES):
         folder = fetch(allow_patterns=["pytorch_model*.bin*"])
@@ -287,6 +341,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
 def _known_family(family: Any, source: object) -> str:
     if family in FAMILIES:
         return family
+    if family in REFUSED:
+        raise UsageError(f"{source}: model_type is {family!r}, which {REFUSED[family]}")
     raise UsageError(
         f"{source}: model_type is {family!r}; a family that turns waveforms into CTC is needed: {', '.join(FAMILIES)}"
     )
@@ -304,7 +360,8 @@ def _check_architecture(hf_config: PretrainedConfig, source: object) -> None:
 
 
 def _override(hf_config: PretrainedConfig, fields: Mapping[str, Any], source: str) -> None:
-    known = hf_config.to_dict().keys() - {"model_type", "vocab_size", "pad_token_id"}
+    # Data2Vec-audio's model reads the first, and its configuration lacks it.
+    known = {"apply_spec_augment"} | (hf_config.to_dict().keys() - {"model_type", "vocab_size", "pad_token_id"})
     problems = []
     for name, value in fields.items():
         if name in ("vocab_size", "pad_token_id"):
@@ -366,10 +423,21 @@ def _check_labels(labels: dict[str, Any], path: Path) -> None:
         raise UsageError(f"{path}: {len(labels)} tokens need the ids 0 to {len(labels) - 1}, and {gaps[0]} is missing")
 
 
-def _read_tokenizer(folder: Path, head_size: int, is_needed: bool) -> Wav2Vec2CTCTokenizer | None:
+def _read_tokenizer(
+    folder: Path, head_size: int, is_needed: bool, target_lang: str | None
+) -> Wav2Vec2CTCTokenizer | None:
     """The checkpoint's tokenizer; None where it has none, or an unreadable one that is not needed."""
+    if target_lang is not None:
+        return build_tokenizer(_labels_of_language(folder, target_lang))
     if not (folder / "vocab.json").is_file():
         return None
+    if (languages := _nested_languages(folder)) is not None:
+        if not is_needed:
+            return None
+        raise UsageError(
+            f"{folder} holds {len(languages)} languages: name one, such as --target_lang {_some(languages, 1)}; for a "
+            "language that it lacks, --vocabulary train trains new adapters and a new output layer"
+        )
     try:
         tokenizer = _open_tokenizer(folder)
     except UsageError:
@@ -396,6 +464,25 @@ def _open_tokenizer(folder: Path) -> Wav2Vec2CTCTokenizer:
     return tokenizer
 
 
+def _nested_languages(folder: Path) -> dict[str, dict[str, int]] | None:
+    """The vocabularies of an MMS checkpoint by language, where nothing in it says which one is meant."""
+    try:
+        languages = adapters.languages_of(_read_json(folder / "vocab.json"))
+    except UsageError:  # told with the tokenizer
+        return None
+    if languages is None or _read_config(folder).to_dict().get("adapter_attn_dim") is None:
+        return None
+    return languages
+
+
+def _labels_of_language(folder: Path, language: str) -> dict[str, int]:
+    if not (folder / "vocab.json").is_file():
+        raise UsageError(f"--target_lang {language}: {folder} has no vocab.json; leave the flag out")
+    labels = adapters.labels_of_language(_read_json(folder / "vocab.json"), language, folder / "vocab.json")
+    _check_labels(labels, folder / "vocab.json")
+    return labels
+
+
 def _set_vocabulary(hf_config: PretrainedConfig, tokenizer: Wav2Vec2CTCTokenizer, size: int) -> None:
     assert len(tokenizer) == size, f"tokenizer of {len(tokenizer)} tokens for a head of {size} outputs"
     hf_config.vocab_size = size
@@ -420,7 +507,7 @@ class _Weights:
 
     def notes(self) -> list[str]:
         notes = []
-        drawn = {key for key in self.missing if not key.startswith("lm_head.")}
+        drawn = {key for key in self.missing if not key.startswith("lm_head.") and not adapters.is_of_adapter(key)}
         if drawn:
             notes.append(f"weights: {_some(drawn)} drawn anew, not in the checkpoint")
         if self.unexpected:
@@ -457,7 +544,14 @@ PRETRAINING = _Purpose(
 )
 
 
-def _read_weights(folder: Path, hf_config: PretrainedConfig, weights: str, seed: int, purpose: _Purpose) -> _Weights:
+def _read_weights(
+    folder: Path,
+    hf_config: PretrainedConfig,
+    weights: str,
+    seed: int,
+    purpose: _Purpose,
+    adapters_are_new: bool = False,
+) -> _Weights:
     """Read safetensors, or .bin without running code; refuse keys that are not on the allow-list."""
     try:
         with _seeded(seed), purpose.around(hf_config):
@@ -478,12 +572,47 @@ def _read_weights(folder: Path, hf_config: PretrainedConfig, weights: str, seed:
         raise UsageError(f"{folder}: weights and config.json disagree on the shape of {_some(misshapen)}")
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     lacking = {key for key in missing if not purpose.missing.match(key)}
+    if adapters_are_new or "lm_head.weight" in missing:
+        lacking = {key for key in lacking if not adapters.is_of_adapter(key)}
     foreign = {key for key in unexpected if not purpose.unexpected.match(key)}
     if lacking or foreign:
         parts = [f"missing: {_some(lacking)}"] if lacking else []
         parts += [f"unexpected: {_some(foreign)}"] if foreign else []
         raise UsageError(f"{folder / weights} does not hold a {hf_config.model_type} model; " + "; ".join(parts))
     return _Weights(hf, missing, unexpected)
+
+
+def _load_language(hf: PreTrainedModel, folder: Path, language: str, with_head: bool) -> int:
+    """Put the adapters of a language in place, and its head where the vocabulary is its own.
+
+    Returns:
+        The outputs of the language's head.
+    """
+    if hf.config.to_dict().get("adapter_attn_dim") is None:
+        raise UsageError(f"--target_lang {language}: {folder} has no attention adapters; leave the flag out")
+    names = [name.format(language) for name in adapters.LANGUAGE_FILES]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise UsageError(
+            f"--target_lang {language}: {folder} has a vocabulary for it, but neither {' nor '.join(names)}"
+        )
+    try:
+        is_safe = found.suffix == ".safetensors"
+        weights = load_file(found) if is_safe else torch.load(found, map_location="cpu", weights_only=True)
+        outputs = len(weights["lm_head.weight"])
+    except UNREADABLE as error:
+        raise UsageError(f"{found} cannot be read as the weights of adapters: {_one_line(error)}") from error
+    adapters.load_language(hf, weights, with_head, found)
+    return outputs
+
+
+def _lacks_adapters(folder: Path, weights: _Weights) -> str | None:
+    """Why a checkpoint has no adapters for this vocabulary; None where it has."""
+    if any(adapters.is_of_adapter(key) for key in weights.missing):
+        return "the checkpoint has none"
+    if (folder / "vocab.json").is_file() and (languages := _nested_languages(folder)) is not None:
+        return f"those of the checkpoint belong to its {len(languages)} languages (--target_lang begins with one)"
+    return None
 
 
 def _draw_head(head: nn.Linear, hf_config: PretrainedConfig, seed: int) -> None:
@@ -654,7 +783,7 @@ def save_model(loaded: LoadedModel, folder: Path | str, weights: Mapping[str, to
     """
     assert len(loaded.processor.tokenizer) == loaded.model.hf.config.vocab_size
     with _quiet_transformers():
-        own = None if weights is None else dict(weights)  # transformers takes things out of it
+        own = dict(weights_of(loaded.model) if weights is None else weights)  # transformers takes things out of it
         # By default the names are those of the checkpoint that it came from, such as weight_g (before torch 2).
         loaded.model.hf.save_pretrained(folder, state_dict=own, save_original_format=False)
         loaded.processor.save_pretrained(folder)

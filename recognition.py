@@ -46,7 +46,7 @@ class Recogniser:
 
     def __init__(self, config: TranscribeConfig) -> None:
         self.config = config
-        loaded = load_recogniser(config.model_name_or_path)
+        loaded = load_recogniser(config.model_name_or_path, config.target_lang)
         self.vocabulary = loaded.vocabulary
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = loaded.model.to(self.device).eval()

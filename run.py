@@ -49,6 +49,7 @@ class Run(TrainingRun, Assembly):
             "the vocabulary": dict(self.vocabulary.token_ids),
             "case": self.normalizer.case,
             "characters_to_ignore": self.normalizer.characters_to_ignore,
+            "target_lang": self.config.target_lang,
             **({} if augmenter is None else {"the noises and rooms": augmenter.fingerprint}),
             **{name: getattr(self.config, name) for name in levers.IDENTITY},
         }

@@ -100,7 +100,7 @@ BAD_BATCH_COLUMNS = ("step", "id", "seconds", "labels", "loss")
 REPORT_FILE = "report.html"
 PACKAGES = (
     "torch", "torchaudio", "transformers", "accelerate", "huggingface_hub", "safetensors", "tokenizers", "soundfile",
-    "jiwer", "numpy", "pandas", "pyarrow",
+    "jiwer", "numpy", "pandas", "pyarrow", "peft",
 )  # fmt: skip
 SECONDS_FOR_A_TOOL = 10
 

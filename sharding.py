@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import lora
 from errors import UsageError
 
 if TYPE_CHECKING:
@@ -128,18 +129,32 @@ def like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(model: "CTCModel") -> dict[str, torch.Tensor]:
-    """The weights in memory by Hugging Face's names; of a divided model this process' pieces."""
-    # Asked of the model itself: that is where a divided one gives back what it has gathered.
-    return {name.removeprefix(PREFIX): tensor for name, tensor in model.state_dict().items()}
+    """The weights by Hugging Face's names, LoRA merged; of a divided model this process' pieces."""
+    return lora.merged(model.hf, state_of(model))
 
 
 def load_weights(model: "CTCModel", weights: Mapping[str, torch.Tensor]) -> None:
-    """Whole weights, by Hugging Face's names, into a model that may be divided.
+    """Whole weights, by Hugging Face's names, into a model that may be divided. LoRA's additions become zero.
 
     Raises:
         RuntimeError: names or shapes differ (torch's).
     """
-    own = weights_of(model)
+    load_state(model, lora.divided(model.hf, weights))
+
+
+def state_of(model: "CTCModel") -> dict[str, torch.Tensor]:
+    """The weights in memory, LoRA's additions by themselves; of a divided model this process' pieces."""
+    # Asked of the model itself: that is where a divided one gives back what it has gathered.
+    return {name.removeprefix(PREFIX): tensor for name, tensor in model.state_dict().items()}
+
+
+def load_state(model: "CTCModel", weights: Mapping[str, torch.Tensor]) -> None:
+    """What `state_of` gave, made whole.
+
+    Raises:
+        RuntimeError: names or shapes differ (torch's).
+    """
+    own = state_of(model)
     pieces = {name: like(tensor, own[name]) if name in own else tensor for name, tensor in weights.items()}
     model.load_state_dict({PREFIX + name: tensor for name, tensor in pieces.items()})
 

@@ -42,7 +42,7 @@ from model import parameter_counts
 from processes import describe_processes
 from progress import Progress, say
 from recovery import Cuts
-from sharding import gather_tensors, load_weights
+from sharding import gather_tensors, load_state, state_of
 from stopping import StopSignals
 
 SAMPLES_SHOWN = 3
@@ -54,6 +54,8 @@ LARGE_EVALUATION = 0.25
 # Fewer clips tell little from one evaluation to the next.
 MIN_EVALUATION = 50
 TRACKER_PROJECT = "wav2vec2-ctc-finetune"
+# Of a run's identity: what its checkpoints do not hold, and must find again in the model that it began with.
+FROZEN = "the frozen weights of model_name_or_path"
 # What a run leaves in its folder.
 RUN_FILES = (
     *("config.yaml", "environment.json", "training_log.csv", "training_curve.png", "eval_samples.csv"),
@@ -202,9 +204,18 @@ class TrainingRun(Foundation):
             "the evaluated utterances": hashlib.sha256(self.eval_rows.tobytes()).hexdigest(),
             **self._kind_identity(),
             "the configuration of the model": _describe_config(self.hf_config),
+            **self._frozen_identity(),
             "the shape of the model": {name: list(value.shape) for name, value in self.model.hf.named_parameters()},
             **{name: getattr(config, name) for name in settings.split()},
         }
+
+    def _frozen_identity(self) -> dict[str, str]:
+        """Where a checkpoint holds only what is trained: the checksum of what it needs besides."""
+        if not self.keeps_trained_alone:
+            return {}
+        weights = state_of(self.model)
+        frozen = {name: weights[name] for name in weights if name not in self.trained_names}
+        return {FROZEN: checkpoint.checksum(frozen)}
 
     def _begin(self) -> None:
         """Say what will happen, then make the run directory."""
@@ -265,8 +276,9 @@ class TrainingRun(Foundation):
             f"{name} (was {saved.identity.get(name)}, is {own[name]})" if name in vars(self.config) else name
             for name in changed
         ]
-        if not self.config.resume_anyway or "the shape of the model" in changed:
-            anyway = "" if "the shape of the model" in changed else ", --resume_anyway"
+        is_another = not {"the shape of the model", FROZEN}.isdisjoint(changed)
+        if not self.config.resume_anyway or is_another:
+            anyway = "" if is_another else ", --resume_anyway"
             raise UsageError(
                 f"{self.checkpoint} belongs to another run, different in {', '.join(was)}: use the settings of "
                 f"{self.folder / 'config.yaml'}{anyway}, or another --output_dir"
@@ -303,7 +315,7 @@ class TrainingRun(Foundation):
             )
         tensors, saved = checkpoint.load_checkpoint(self.checkpoint)
         weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
-        load_weights(self.model, weights)
+        load_state(self.model, state_of(self.model) | weights)
         checkpoint.restore_optimizer(self.model, self.optimizer.optimizer, tensors, saved["optimizer"])
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -538,7 +550,7 @@ class TrainingRun(Foundation):
         self._started_at = time.monotonic()
         moments, optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer.optimizer)
         averages = {} if self.ema is None else {f"{EMA_PREFIX}{name}": one for name, one in self.ema.tensors.items()}
-        weights = self.best.gather_weights()
+        weights = gather_tensors(self.weights_to_keep(), self.is_main)
         moments, averages = gather_tensors(moments, self.is_main), gather_tensors(averages, self.is_main)
         if self.is_main:
             self._note_table_lengths()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import MODEL_FOR_CTC_MAPPING, Wav2Vec2Config, Wav2Vec2ForCTC
 
+from levers import Adaptation
 from model import CTCModel
 from pretrained import LoadedModel, load_model
 from text import LARGE_960H_VOCABULARY
@@ -224,13 +225,14 @@ LAYER = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Adaptation):
     """The fields of TrainConfig that load_model reads."""
 
     encoder_settings: ClassVar[dict[str, float]] = {}
     model_name_or_path: str | None = None
     model_config: dict[str, Any] | None = None
     model_overrides: dict[str, Any] | None = None
+    target_lang: str | None = None
     vocabulary: str = "auto"
     characters_to_ignore: str = ",.?"
     case: str = "auto"

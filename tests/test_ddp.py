@@ -26,6 +26,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from architectures import XLS_R_300M, shrink, write_published_like_checkpoint
 from conftest import (
     REPOSITORY,
     TALKATIVE,
@@ -36,6 +37,7 @@ from conftest import (
     write_part,
     write_recipe,
 )
+from safetensors.torch import load_file
 from test_prepare import write_corpus
 from test_pretrain import write_pretraining_recipe
 from torch.distributed.tensor import DTensor
@@ -387,6 +389,35 @@ def assert_one_voice(ranks: Ranks) -> None:
 
 
 # --- Promises 1 and 2 over processes -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["train_adapters", "lora_rank"])
+def test_promise_1_two_processes_train_the_same_parts_and_resume(
+    part: str, prepared: Path, tmp_path: Path, run_ranks: Callable[..., Ranks]
+) -> None:
+    """Adapters and LoRA, whose checkpoints hold what is trained alone."""
+    if part == "lora_rank":
+        pytest.importorskip("peft")
+    write_published_like_checkpoint(tmp_path / "xls-r", shrink(XLS_R_300M), "safetensors")
+    names = ("hidden_dropout", "attention_dropout", "feat_proj_dropout", "layerdrop", "mask_time_prob")
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", prepared, model_config=None, model_name_or_path=str(tmp_path / "xls-r"), max_steps=5,
+        save_steps=2, model_overrides=dict.fromkeys(names, 0.0), freeze_feature_encoder=True,
+        **{part: True if part == "train_adapters" else 4},
+    )  # fmt: skip
+    flags = ("--config", recipe, "--per_device_train_batch_size")
+    alone = run_ranks(1, "alone", *flags, 8)
+    pair = run_ranks(2, "pair", *flags, 4)
+    assert_same_training(pair, alone, steps=5)
+    assert_one_voice(pair)
+    run_ranks(2, "parts", *flags, 4, stop_at=3)
+    resumed = run_ranks(2, "parts", *flags, 4, "--resume_from_checkpoint", "last")
+    assert repeatable(resumed) == repeatable(pair)
+    mine, theirs = resumed.state(5), pair.state(5)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    whole = load_file(pair.run_dir / "model" / "model.safetensors")
+    assert len([name for name in mine if name.startswith("model/")]) < len(whole)
 
 
 @pytest.mark.slow
