@@ -6,10 +6,13 @@ adapter.{language}.safetensors or .bin, that holds the adapters, their norms and
 """
 
 import difflib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2AttnAdapterLayer
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 LANGUAGE_FILES = ("adapter.{}.safetensors", "adapter.{}.bin")
 # Of MMS.
 DEFAULT_DIM = 16
+# What a language is called that has no name yet.
+UNNAMED = "new"
 HEAD = "lm_head."
 SHOWN_LANGUAGES = 8
 
@@ -130,6 +135,14 @@ def load_language(hf: PreTrainedModel, weights: Mapping[str, torch.Tensor], with
 def weights_of(hf: PreTrainedModel) -> dict[str, nn.Parameter]:
     """What a language's file holds: the adapters with their norms, and the output layer."""
     return {name: value for name, value in hf.named_parameters() if is_of_adapter(name) or name.startswith(HEAD)}
+
+
+def write(folder: Path, hf: PreTrainedModel, language: str, labels: Mapping[str, int]) -> None:
+    """The file of a language and its vocabulary, as they would lie in a folder of MMS."""
+    folder.mkdir()
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights_of(hf).items()}
+    save_file(weights, folder / LANGUAGE_FILES[0].format(language), metadata={"format": "pt"})
+    (folder / "vocab.json").write_text(json.dumps({language: labels}, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def train_alone(model: "CTCModel") -> None:

@@ -4,13 +4,16 @@ Training computes W x + scaling B (A dropout(x)). Evaluation multiplies by the m
 are those that model/ holds: what is scored is what is saved, and nothing of LoRA is left in it.
 """
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from errors import UsageError
@@ -51,9 +54,33 @@ def train_alone(model: "CTCModel", settings: "Adaptation") -> None:
         target_modules=choose_targets(model, settings.lora_target_modules),
     )
     inject_adapter_in_model(peft_config, model.hf.base_model, NAME)
+    model.peft_config = peft_config
     model.hf.lm_head.requires_grad_(True)
     for _, layer in _layers(model):
         layer.forward = functools.partial(_forward, layer, layer.forward)
+
+
+def write(folder: Path, model: "CTCModel", base: str | None) -> None:
+    """The additions and the output layer in peft's own format, for `PeftModel.from_pretrained`.
+
+    Nothing where the additions are zero: a mean of merged models is none of low rank.
+
+    Args:
+        folder: to make.
+        model: of `train_alone`.
+        base: the name of the model that they were added to, where it is not a folder of this machine.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.hf.state_dict().items()}
+    additions = {name: value for name, value in state.items() if ".lora_A." in name or ".lora_B." in name}
+    if not any(bool(value.any()) for name, value in additions.items() if ".lora_B." in name):
+        return
+    additions = {name.replace(f".{NAME}.", "."): value for name, value in additions.items()}
+    additions |= {name: value for name, value in state.items() if name.startswith("lm_head.")}
+    dataclasses.replace(
+        model.peft_config, base_model_name_or_path=base, modules_to_save=["lm_head"], inference_mode=True
+    ).save_pretrained(folder)
+    weights = {f"base_model.model.{name}": value for name, value in additions.items()}
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def choose_targets(model: "CTCModel", asked: Sequence[str]) -> list[str]:

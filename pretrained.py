@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from config import PretrainConfig, TrainConfig
 
 HUB_TIMEOUT_SECONDS = 10
+# Of a saved model, where adapters or LoRA were trained alone.
+PARTS_FOLDER = "adapter"
 # Families whose pre-training is wav2vec 2.0's, and why the others' is not.
 PRETRAINING_FAMILIES = ("wav2vec2", "wav2vec2-conformer")
 OTHER_OBJECTIVES = {
@@ -125,6 +127,8 @@ class LoadedModel:
     """What happened and must be said aloud: vocabulary, new head, missing and unexpected weights."""
     head_fits: bool
     """The head was trained for this very vocabulary, so the model can be scored before training."""
+    write_parts: Callable[[Path], None] | None = None
+    """Adapters, LoRA: writes what is trained alone into a new folder, in the small format of its own."""
 
 
 def load_model(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
@@ -228,15 +232,21 @@ def _assemble(
     model = CTCModel(hf)
     if config.freeze_feature_encoder:
         model.freeze_feature_encoder()
+    write_parts = None
     if config.train_adapters:
         adapters.train_alone(model)
+        language = config.target_lang or adapters.UNNAMED
+        write_parts = functools.partial(adapters.write, hf=hf, language=language, labels=tokenizer.get_vocab())
     if config.lora_rank is not None:
         with _seeded(config.seed):
             lora.train_alone(model, config)
+        name = config.model_name_or_path
+        base = None if name is None or Path(name).expanduser().is_dir() else name
+        write_parts = functools.partial(lora.write, model=model, base=base)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     processor = Wav2Vec2Processor(feature_extractor=feature_extractor, tokenizer=tokenizer)
-    return LoadedModel(model, processor, Vocabulary.from_tokenizer(tokenizer), notes, head_fits)
+    return LoadedModel(model, processor, Vocabulary.from_tokenizer(tokenizer), notes, head_fits, write_parts)
 
 
 def find_checkpoint_folder(name: str, target_lang: str | None = None) -> Path:
@@ -789,6 +799,9 @@ def save_model(loaded: LoadedModel, folder: Path | str, weights: Mapping[str, to
         loaded.processor.save_pretrained(folder)
         # transformers 4 looks for the feature extractor in a file of its own.
         loaded.processor.feature_extractor.save_pretrained(folder)
+        if loaded.write_parts is not None:
+            # In a folder of its own: beside config.json peft's file would send transformers for the base model.
+            loaded.write_parts(Path(folder) / PARTS_FOLDER)
 
 
 # --- Small things --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import fnmatch
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -459,6 +460,29 @@ def test_an_encoder_without_adapters_gets_them(dim: int | None, prepared: Path, 
     assert torch.equal(logits_of(back, batch), logits_of(loaded, batch))
 
 
+@pytest.mark.parametrize("language", ["hau", None])
+def test_the_small_file_of_adapters_is_that_of_a_language(language: str | None, prepared: Path, tmp_path: Path):
+    """Put beside the other languages of MMS, transformers opens it."""
+    write_mms(tmp_path / "mms")
+    settings = {"target_lang": language} if language else {"vocabulary": "train"}
+    settings |= {"model_name_or_path": str(tmp_path / "mms"), "train_adapters": True}
+    loaded = load_model(Settings(**settings), lambda: ["abc dea"])
+    batch = batch_of(loaded, prepared)
+    losses_of_updates(loaded, batch, updates=2, learning_rate=1e-2)
+    save_model(loaded, tmp_path / "saved")
+    name = language or "new"
+    shutil.copy(tmp_path / f"saved/adapter/adapter.{name}.safetensors", tmp_path / "mms")
+    labels = json.loads((tmp_path / "saved/adapter/vocab.json").read_text())
+    assert labels == {name: loaded.vocabulary.token_ids}
+    theirs = Wav2Vec2ForCTC.from_pretrained(tmp_path / "mms", target_lang=name, ignore_mismatched_sizes=True).eval()
+    values_1S = batch.input_values_BS[:1, : batch.sample_lengths_B[0]]
+    with torch.no_grad():
+        assert torch.equal(theirs(values_1S).logits, loaded.model(values_1S, [values_1S.shape[1]])[0])
+    (tmp_path / "mms/vocab.json").write_text(json.dumps(LANGUAGES | labels))
+    again = load_model(Settings(model_name_or_path=str(tmp_path / "mms"), target_lang=name), no_texts)
+    assert torch.equal(logits_of(again, batch), logits_of(loaded, batch))
+
+
 def test_nothing_below_the_first_adapter_builds_a_graph(mms: Path, prepared: Path):
     """And frozen matrices keep no inputs for gradients of their own."""
     loaded = load_model(Settings(model_name_or_path=str(mms), target_lang="hau", train_adapters=True), no_texts)
@@ -588,6 +612,26 @@ def test_missing_peft_is_told_with_the_command_that_installs_it(tmp_path: Path, 
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UsageError, match=r"--lora_rank needs the package peft.*pip install 'peft>="):
         load_model(Settings(model_name_or_path=str(tmp_path), lora_rank=4), no_texts)
+
+
+@needs_peft
+def test_the_small_file_of_lora_is_pefts_own(prepared: Path, tmp_path: Path):
+    from peft import PeftModel
+
+    write_checkpoint(tmp_path / "base", TABLE["xls-r"])
+    loaded = load_model(Settings(model_name_or_path=str(tmp_path / "base"), lora_rank=4), no_texts)
+    save_model(loaded, tmp_path / "untrained")
+    assert not (tmp_path / "untrained/adapter").exists()  # There is nothing in it yet.
+    batch = batch_of(loaded, prepared)
+    losses_of_updates(loaded, batch, updates=3, learning_rate=1e-2)
+    save_model(loaded, tmp_path / "saved")
+    theirs = PeftModel.from_pretrained(AutoModelForCTC.from_pretrained(tmp_path / "base"), tmp_path / "saved/adapter")
+    values_1S = batch.input_values_BS[:1, : batch.sample_lengths_B[0]]
+    with torch.no_grad():
+        expected = loaded.model(values_1S, [values_1S.shape[1]])[0]
+        torch.testing.assert_close(theirs.eval()(values_1S).logits, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(theirs.merge_and_unload().eval()(values_1S).logits, expected)
+    assert str(tmp_path) not in (tmp_path / "saved/adapter/adapter_config.json").read_text()
 
 
 # --- Settings ------------------------------------------------------------------------------------------------------
@@ -746,3 +790,16 @@ def test_parameters_trained_are_said(mms: Path):
     hidden, dim = 32, 4
     per_layer = 2 * hidden + (hidden * dim + dim) + (dim * hidden + hidden)
     assert parameter_counts(loaded.model)[0] == 2 * per_layer + 13 * hidden + 13
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_low_resource_measures_what_it_says():
+    command = [sys.executable, "benchmarks/low_resource.py", "--architecture", "small", "--seconds", "1"]
+    command += ["--ways", "encoder", "adapters"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    _, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["encoder", "adapters"]
+    encoder, adapters_alone = ([float(word.strip("%").replace(",", "")) for word in row[1:]] for row in rows)
+    assert adapters_alone[1] < 20 < encoder[1]  # percent of the weights
+    assert adapters_alone[4] < encoder[4] / 2  # checkpoint
