@@ -48,8 +48,8 @@ MODEL = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())["mode
     "codevector_dim": 128, "proj_codevector_dim": 128, "num_negatives": 50,
 }  # fmt: skip
 PRETRAINING = {
-    "model_config": MODEL, "seed": 1, "per_device_train_batch_size": 16, "max_batch_seconds": 60.0,
-    "per_device_eval_batch_size": 16, "learning_rate": 1e-3, "warmup_ratio": 0.1, "logging_steps": 25,
+    "model_config": MODEL, "seed": 1, "per_device_train_batch_size": 8, "max_batch_seconds": 160.0,
+    "per_device_eval_batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0.1, "logging_steps": 25,
     "eval_steps": 100, "save_steps": 100, "dataloader_num_workers": 0, "max_duration_in_seconds": 20.0,
     "gumbel_temperature_decay": 0.999,
 }  # fmt: skip
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, required=True, help="keeps data and cells")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="of fine-tuning")
-    parser.add_argument("--pretraining_steps", type=int, default=1500)
+    parser.add_argument("--pretraining_steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
     parser.add_argument("--only_print", action="store_true", help="the tables of the cells that have ended")
