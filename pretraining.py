@@ -130,13 +130,12 @@ class PretrainingModel(EncoderModel):
         """
         logits_BMGV = self._code_logits(features_BMC)
         if not self.training:
-            hard_BMGV = F.one_hot(logits_BMGV.argmax(dim=-1), logits_BMGV.shape[-1]).to(logits_BMGV.dtype)
+            hard_BMGV = _most_probable(logits_BMGV)
             return hard_BMGV, hard_BMGV
         assert gumbel_temperature is not None and batch.gumbel_seeds is not None, "a batch of evaluation in training"
         noise_BMGV = draw_gumbel_noise(batch, logits_BMGV)
         soft_BMGV = ((logits_BMGV + noise_BMGV) / gumbel_temperature).softmax(dim=-1)
-        hard_BMGV = F.one_hot(soft_BMGV.argmax(dim=-1), soft_BMGV.shape[-1]).to(soft_BMGV.dtype)
-        return hard_BMGV + (soft_BMGV - soft_BMGV.detach()), logits_BMGV.softmax(dim=-1)
+        return _most_probable(soft_BMGV) + (soft_BMGV - soft_BMGV.detach()), logits_BMGV.softmax(dim=-1)
 
     def _look_up(self, codes_BMGV: Tensor) -> Tensor:
         codebook_GVE = self.hf.quantizer.codevectors[0].unflatten(0, (self.num_groups, -1))
@@ -254,6 +253,11 @@ def pretraining_losses(
         objective_B = contrastive_B + weight * (sums_BGV * diversity_gradient(marginal_GV)).sum(dim=(1, 2))
     statistics = PretrainingStatistics(contrastive_B.detach(), correct_B, masked_B, sums_BGV.detach())
     return loss_B, objective_B, statistics
+
+
+def _most_probable(scores_BMGV: Tensor) -> Tensor:
+    """One-hot, without the look at the values that F.one_hot takes."""
+    return torch.zeros_like(scores_BMGV).scatter(-1, scores_BMGV.argmax(dim=-1, keepdim=True), 1.0)
 
 
 def _take(hidden_BTC: Tensor, frames_BM: Tensor) -> Tensor:

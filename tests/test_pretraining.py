@@ -21,6 +21,7 @@ from architectures import (
     write_published_like_checkpoint,
 )  # fmt: skip
 from architectures import Settings as CTCSettings
+from test_model import Questions
 from transformers import (
     MODEL_FOR_PRETRAINING_MAPPING,
     HubertConfig,
@@ -30,7 +31,7 @@ from transformers import (
 )  # fmt: skip
 from transformers.models.wav2vec2 import modeling_wav2vec2
 
-from data import Utterance
+from data import BatchPlan, CutSettings, ShardDataset, Utterance, evaluation_loader, training_loader
 from errors import UsageError
 from model import draw_masks, num_frames
 from pretrained import (
@@ -668,3 +669,134 @@ def test_what_may_still_learn_is_no_collapse(log):
 def test_a_run_that_never_wakes_is_stopped_after_a_thousand_updates():
     assert collapse_reason(log_of([2.0] * 19), 2, 640) is None
     assert "each of the 2 groups uses one code" in collapse_reason(log_of([2.0] * 20), 2, 640)
+
+
+# --- Loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_loader_gives_every_rank_the_masked_frames_of_the_whole_update(prepared, processes):
+    """The denominator of the loss, without a word between the ranks; three utterances of 13 are left for the last."""
+    model = tiny({"model_type": "wav2vec2", **LAYER}).model
+    dataset = ShardDataset(prepared / "train")
+    plan = BatchPlan(np.arange(13), dataset.num_samples, 5, seed=5)
+    of_set = PretrainingCollator(True, model.hf.config, MASKS, seed=5)
+    shares = [
+        list(training_loader(dataset, plan, None, of_set, CutSettings(rank, processes, 2), 0, 6, num_workers=0))
+        for rank in range(processes)
+    ]
+    for updates in zip(*shares, strict=True):
+        found = sum(batch.num_masked for update in updates for batch in update.micro_batches)
+        assert {update.num_labels for update in updates} == {found} and found > 0
+        assert len({update.num_utterances for update in updates}) == 1
+        rows = np.concatenate([batch.rows for update in updates for batch in update.micro_batches])
+        assert len(rows) == len(set(rows)) == updates[0].num_utterances
+    assert [update.num_utterances for update in shares[0]] == [5, 5, 3, 5, 5, 3]
+
+
+def test_loading_processes_change_nothing(prepared):
+    model = tiny({"model_type": "wav2vec2", **LAYER}).model
+    dataset = ShardDataset(prepared / "train")
+    plan = BatchPlan(np.arange(13), dataset.num_samples, 5, seed=5)
+    of_set = PretrainingCollator(True, model.hf.config, MASKS, seed=5)
+    alone, by_worker = (
+        list(training_loader(dataset, plan, None, of_set, CutSettings(0, 1, 5), 0, 3, num_workers=count))
+        for count in (0, 1)
+    )
+    for one, other in zip(alone, by_worker, strict=True):
+        (batch,), (same) = one.micro_batches, other.micro_batches[0]
+        assert torch.equal(batch.input_values_BS, same.input_values_BS)
+        assert torch.equal(batch.distractors_BMK, same.distractors_BMK)
+        assert batch.gumbel_seeds == same.gumbel_seeds
+
+
+def test_evaluation_hears_every_row_once_with_masks_that_stay(prepared):
+    model = tiny({"model_type": "wav2vec2", **LAYER}).model.eval()
+    dataset, sums = ShardDataset(prepared / "dev"), []
+    for seed, size, processes in ((5, 5, 1), (6, 1, 1), (7, 2, 2)):
+        of_set = PretrainingCollator(True, model.hf.config, MASKS, seed)
+        batches = [
+            batch
+            for rank in range(processes)
+            for batch in evaluation_loader(dataset, np.arange(5), of_set, CutSettings(rank, processes, size), 0)
+        ]
+        assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(5))
+        with torch.no_grad():
+            parts = [pretraining_losses(model, batch)[2] for batch in batches]
+        sums.append([float(sum(getattr(one, name).sum() for one in parts)) for name in ("contrastive_B", "masked_B")])
+    assert sums[1] == pytest.approx(sums[0], rel=1e-5) and sums[2] == pytest.approx(sums[0], rel=1e-5)
+
+
+# --- Passes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fields", FAMILIES)
+def test_a_padded_pass_of_pretraining_asks_the_device_nothing(fields, checkpointing):
+    model = tiny(fields, gradient_checkpointing=checkpointing).model.train()
+    batch = collate(model, range(6))
+    num_masked = batch.num_masked
+    with Questions() as asked:
+        marginal = model.code_prob_sum(batch) / num_masked
+        pretraining_losses(model, batch, marginal, TEMPERATURE)[1].sum().backward()
+        pretraining_losses(model, batch, None, TEMPERATURE)[1].sum().backward()
+    assert asked.asked == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", FAMILIES)
+def test_half_precision_changes_the_layers_and_not_the_objective(fields, dtype):
+    """The pre-pass and the pass see the same features, losses are fp32, gradients finite and those of fp32."""
+    model = tiny(fields).model.train()
+    batch = collate(model, range(6))
+
+    def gradient(enabled: bool) -> torch.Tensor:
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            marginal = model.code_prob_sum(batch) / batch.num_masked
+            loss, objective, statistics = pretraining_losses(model, batch, marginal, TEMPERATURE)
+        sums = statistics.code_prob_sum_BGV.sum(0)
+        torch.testing.assert_close(sums / batch.num_masked, marginal, rtol=1e-5, atol=1e-7)
+        assert {loss.dtype, objective.dtype, statistics.contrastive_B.dtype} == {torch.float32}
+        objective.sum().backward()
+        return torch.cat([one.flatten() for one in gradients(model).values()])
+
+    precise, rounded = gradient(False), gradient(True)
+    assert rounded.isfinite().all()
+    cosine = F.cosine_similarity(precise, rounded, dim=0)
+    assert cosine > 0.9, "a code in fifty may fall to the other side"
+
+
+def test_a_batch_without_a_masked_frame_passes_and_adds_nothing():
+    """A rank may get nothing but clips that are too short; its gradients are zeros, and nobody waits for them."""
+    model = tiny({"model_type": "wav2vec2", **GROUP}).model.train()
+    batch = collate(model, [4, 5])
+    assert batch.num_masked == 0
+    assert not model.code_prob_sum(batch).any()
+    for marginal in (None, torch.full((2, 12), 1 / 12)):
+        loss, objective, statistics = pretraining_losses(model, batch, marginal, TEMPERATURE)
+        assert loss.tolist() == [0.0, 0.0] and statistics.masked_B.tolist() == [0.0, 0.0]
+        objective.sum().backward()
+        found = gradients(model)
+        assert found.keys() == {name for name, one in model.named_parameters() if one.requires_grad}
+        assert not any(one.any() for one in found.values())
+    (batch,) = collate(model, [5]).split(10**9)  # shorter than the first convolution
+    with torch.no_grad():
+        assert pretraining_losses(model.eval(), batch)[0].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("fields", FAMILIES)
+def test_pretraining_learns(fields):
+    """One batch, 60 updates: the accuracy leaves chance (1 of 8), and more codes than one per group are in use."""
+    model = tiny(fields).model.train()
+    batch = collate(model, range(4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    first = None
+    for _ in range(60):
+        loss, objective, statistics = pretraining_losses(model, batch, None, TEMPERATURE)
+        first = float(loss.detach().sum()) if first is None else first
+        optimizer.zero_grad()
+        (objective.sum() / batch.num_masked).backward()
+        optimizer.step()
+    assert float(loss.detach().sum()) < 0.8 * first
+    assert float(statistics.correct_B.sum()) / batch.num_masked > 0.25
+    assert float(perplexity(statistics.code_prob_sum_BGV.sum(0) / batch.num_masked)) > 4
