@@ -15,6 +15,7 @@ from errors import UsageError
 from findings import Finding
 from foundation import Foundation
 from integrity import require_texts
+from languages import find_language
 from memory import Shape, evaluation_mode
 from metrics import score_batch
 from model import Objective, forward_with_loss, is_of_head, masked_axes
@@ -47,7 +48,10 @@ class Assembly(Foundation):
         self.loaded = load_model(config, lambda: self.train_set.column("text"))
         self.vocabulary, self.head_fits = self.loaded.vocabulary, self.loaded.head_fits
         self.hf_config = self.loaded.model.hf.config
-        self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, config.characters_to_ignore, config.case)
+        language = None if config.language is None else find_language(config.language)
+        self.normalizer = TextNormalizer.for_vocabulary(
+            self.vocabulary, config.characters_to_ignore, config.case, language
+        )
         self.collate = Collator(
             self.normalizer,
             self.vocabulary,

@@ -263,8 +263,10 @@ def _text(run: "Run") -> list[str]:
     rules, characters = run.normalizer, sorted(run.vocabulary.characters - {" "})
     named = f": {_verbatim(''.join(characters))}" if len(characters) <= MAX_CHARACTERS_NAMED else ""
     removed = rules.characters_to_ignore
+    language = [f"rules of writing: {rules.language.name}"] if rules.language else []
     return _bullets(
         [
+            *language,
             f"case: {rules.case}",
             f"characters removed: {_verbatim(removed) if removed else 'none'}",
             f"vocabulary: {len(run.vocabulary)} outputs, {len(characters)} characters{named}",

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from errors import UsageError
+from languages import find_language
 from levers import Augmentation, Course, Dropouts, PretrainingMasks, Rates, Regularisation, Selection
 from text import DEFAULT_RULES
 
@@ -282,6 +283,14 @@ class TextSettings:
     vocabulary: str = "auto"
     """`model`: the checkpoint's; `train`: built from the training text; `large_960h`: the 32 tokens of
     facebook/wav2vec2-large-960h; a vocab.json; `auto`: the checkpoint's where it has one, else `train`."""
+    vocabulary_min_count: int = 1
+    """Characters seen less often in the training text get no output of their own; they are learned and scored as the
+    unknown token."""
+    head: Literal["auto", "grow", "new"] = "auto"
+    """For another vocabulary than the checkpoint's: `grow` keeps the rows of shared letters and begins new letters as
+    their nearest; `new` draws all; `auto` grows a trained head that has a tokenizer."""
+    language: str | None = None
+    """Code of the language whose rules for apostrophes, case and digraphs to follow (ha, yo, en; languages.yaml)."""
     characters_to_ignore: str = DEFAULT_CHARACTERS_TO_IGNORE
     """Characters removed from transcripts, written without separators."""
     case: Literal["auto", "upper", "lower", "keep"] = "auto"
@@ -305,7 +314,7 @@ class TextSettings:
 
     def text_errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
-        found = []
+        found = _alphabet_errors(self)
         if self.train_rest and (self.train_fraction == 1 or self.max_train_samples is not None):
             found.append("--train_rest needs a --train_fraction below 1, and no --max_train_samples")
         if self.prune_fraction is not None and not (self.prune_list and 0 < self.prune_fraction < 1):
@@ -454,6 +463,8 @@ class EvaluateConfig:
     """Characters removed from references; those of the model's training when not given."""
     case: Literal["auto", "upper", "lower", "keep"] | None = None
     """Case of the references; that of the model's training when not given."""
+    language: str | None = None
+    """Code of the language whose rules the references follow; that of the model's training when not given."""
     max_eval_samples: int | None = None
     """Score a fixed, stratified subset of this size."""
     per_device_eval_batch_size: int = 8
@@ -626,6 +637,8 @@ class BuildLMConfig:
     """Characters removed from the texts; those of the recogniser's training, or train.py's, when not given."""
     case: Literal["auto", "upper", "lower", "keep"] | None = None
     """Case of the texts; that of the recogniser's training when not given, lower case without one."""
+    language: str | None = None
+    """Code of the language whose rules the texts follow; that of the recogniser's training when not given."""
     text_column_name: str | None = None
     """Column of the tables that holds the text; found by its usual names when not given."""
 
@@ -716,6 +729,28 @@ def _sampling_errors(config: TrainConfig) -> list[str]:
     if config.demo_corpus and len(folders) > 1:
         found.append(f"demo_corpus makes one folder, --data_dir names {len(folders)}: prepare the demo on its own")
     return found
+
+
+def _alphabet_errors(config: TrainConfig) -> list[str]:
+    """What is wrong with the vocabulary, the head and the language of a run."""
+    found = _language_errors(config.language)
+    if config.vocabulary_min_count < 1:
+        found.append(f"--vocabulary_min_count is {config.vocabulary_min_count}, at least 1 is needed")
+    if config.vocabulary_min_count > 1 and config.vocabulary not in ("auto", "train"):
+        found.append("--vocabulary_min_count belongs to a vocabulary built from the text: give --vocabulary train")
+    if config.head == "grow" and config.model_name_or_path is None:
+        found.append("--head grow needs a trained head: name its model with --model_name_or_path")
+    return found
+
+
+def _language_errors(code: str | None) -> list[str]:
+    """A language that languages.yaml does not have."""
+    try:
+        if code is not None:
+            find_language(code)
+    except UsageError as error:
+        return [str(error)]
+    return []
 
 
 def _beam_errors(config: EvaluateConfig | TranscribeConfig) -> list[str]:

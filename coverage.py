@@ -10,7 +10,7 @@ import numpy as np
 
 from data import ShardDataset
 from findings import Finding
-from text import Coverage, TextNormalizer, Vocabulary
+from text import Coverage, TextNormalizer, Vocabulary, visible
 from transcripts import VISIBLE_SPACE, coverage_of, cut_around
 
 MAX_UNKNOWN_FRACTION = 0.005
@@ -100,16 +100,10 @@ def _describe(coverage: Coverage) -> str:
             if named
             else f', as in "{cut_around(coverage.examples[character], character, EXAMPLE_CHARACTERS_SHOWN)}"'
         )
-        named.append(f"{_visible(character)} {count:,} ({count / coverage.characters:.2%}{where})")
+        named.append(f"{visible(character)} {count:,} ({count / coverage.characters:.2%}{where})")
     more = len(coverage.unknown) - CHARACTERS_SHOWN
     rest = f"; unknown: {', '.join(named)}" + (f" and {more} more" if more > 0 else "") if named else ""
     return f"{1 - coverage.unknown_fraction:.2%} of {coverage.characters:,} characters known{rest}"
-
-
-def _visible(character: str) -> str:
-    """The character itself, or its code point where nobody would see it or it would join its neighbour."""
-    is_seen = character.isprintable() and not unicodedata.combining(character) and not character.isspace()
-    return character if is_seen else f"U+{ord(character):04X}"
 
 
 def _remedy(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, unknown: Counter[str]) -> str:

@@ -42,15 +42,28 @@ from transformers.utils import logging as transformers_logging
 
 from audio import SAMPLE_RATE_HZ
 from errors import RunFailed, UsageError
+from head import plan_growth, take_rows
 from integrity import hash_file
+from languages import find_language, nearest_letters
 from model import CTCModel
 from pretraining import PretrainingModel
-from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer, build_vocabulary, resolve_case
+from text import (
+    LARGE_960H_VOCABULARY,
+    TextNormalizer,
+    Vocabulary,
+    build_tokenizer,
+    build_vocabulary,
+    count_characters,
+    resolve_case,
+    visible,
+)
 
 if TYPE_CHECKING:
     from config import PretrainConfig, TrainConfig
 
 HUB_TIMEOUT_SECONDS = 10
+# Characters without an output that are named on the screen.
+RARE_SHOWN = 20
 # Families whose pre-training is wav2vec 2.0's, and why the others' is not.
 PRETRAINING_FAMILIES = ("wav2vec2", "wav2vec2-conformer")
 OTHER_OBJECTIVES = {
@@ -141,19 +154,17 @@ def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterabl
     tokenizer = _read_tokenizer(folder, hf_config.vocab_size, is_needed=config.vocabulary in ("auto", "model"))
     labels, notes = _choose_vocabulary(config, tokenizer, training_texts)
     same_labels = tokenizer is not None and labels == tokenizer.get_vocab()
+    old_labels = None if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
     tokenizer = tokenizer if same_labels else build_tokenizer(labels)
 
     trained_outputs = hf_config.vocab_size
-    _set_vocabulary(hf_config, tokenizer, len(labels))
     weights = _read_weights(folder, hf_config, weights_file, config.seed, RECOGNITION)
     hf = weights.model
-    head_fits = same_labels and weights.has_head and trained_outputs == len(labels)
+    head_fits = same_labels and weights.has_head and trained_outputs == len(labels) and config.head != "new"
     if not head_fits:
-        _draw_head(hf.lm_head, hf_config, config.seed)
-        old = (
-            f"the checkpoint's {trained_outputs} belong to another vocabulary" if weights.has_head else "there was none"
-        )
-        notes.append(f"head: new, {len(labels)} outputs; {old}")
+        head_fits, said = _replace_head(config, weights, old_labels, Vocabulary.from_tokenizer(tokenizer))
+        notes.append(said)
+    _set_vocabulary(hf.config, tokenizer, len(labels))
     notes += weights.notes()
     feature_extractor, said = _read_feature_extractor(folder, hf_config)
     return _assemble(config, hf, feature_extractor, tokenizer, notes + said, head_fits)
@@ -337,10 +348,19 @@ def _choose_vocabulary(
         labels = _read_vocabulary(Path(choice).expanduser())
         return labels, [f"vocabulary: {len(labels)} tokens of {choice}"]
     case = "lower" if config.case == "auto" else resolve_case(config.case, {})
-    normalizer = TextNormalizer(characters_to_ignore=config.characters_to_ignore, case=case)
-    labels = build_vocabulary(normalizer(text) for text in training_texts())
+    language = None if config.language is None else find_language(config.language)
+    normalizer = TextNormalizer(config.characters_to_ignore, case, language=language)
+    counts = count_characters(normalizer(text) for text in training_texts())
+    labels = build_vocabulary(counts, config.vocabulary_min_count)
     because = ", for the checkpoint has no tokenizer" if choice == "auto" and config.model_name_or_path else ""
-    return labels, [f"vocabulary: {len(labels)} tokens built from the training text{because}"]
+    notes = [f"vocabulary: {len(labels)} tokens built from the training text{because}"]
+    rare = sorted((count, character) for character, count in counts.items() if count < config.vocabulary_min_count)
+    if rare := [f"{visible(character)} {count}" for count, character in rare if character not in " |"]:
+        notes.append(
+            f"unknown: {_some_of(rare, RARE_SHOWN)}, seen fewer than {config.vocabulary_min_count} times: learned as "
+            "<unk>, written as <unk>, counted as errors"
+        )
+    return labels, notes
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
@@ -413,10 +433,11 @@ class _Weights:
     model: PreTrainedModel
     missing: set[str]
     unexpected: set[str]
+    misshapen: set[str]
 
     @property
     def has_head(self) -> bool:
-        return "lm_head.weight" not in self.missing
+        return "lm_head.weight" not in self.missing | self.misshapen
 
     def notes(self) -> list[str]:
         notes = []
@@ -473,9 +494,9 @@ def _read_weights(folder: Path, hf_config: PretrainedConfig, weights: str, seed:
             )
     except UNREADABLE as error:
         raise UsageError(f"{folder / weights} cannot be read as weights: {_one_line(error)}") from error
-    misshapen = {key for key, *_ in info["mismatched_keys"] if not key.startswith("lm_head.")}
-    if misshapen:
-        raise UsageError(f"{folder}: weights and config.json disagree on the shape of {_some(misshapen)}")
+    misshapen = {key for key, *_ in info["mismatched_keys"]}
+    if wrong := {key for key in misshapen if not key.startswith("lm_head.")}:
+        raise UsageError(f"{folder}: weights and config.json disagree on the shape of {_some(wrong)}")
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     lacking = {key for key in missing if not purpose.missing.match(key)}
     foreign = {key for key in unexpected if not purpose.unexpected.match(key)}
@@ -483,7 +504,39 @@ def _read_weights(folder: Path, hf_config: PretrainedConfig, weights: str, seed:
         parts = [f"missing: {_some(lacking)}"] if lacking else []
         parts += [f"unexpected: {_some(foreign)}"] if foreign else []
         raise UsageError(f"{folder / weights} does not hold a {hf_config.model_type} model; " + "; ".join(parts))
-    return _Weights(hf, missing, unexpected)
+    return _Weights(hf, missing, unexpected, misshapen)
+
+
+def _replace_head(
+    config: "TrainConfig", weights: _Weights, old_labels: Vocabulary | None, labels: Vocabulary
+) -> tuple[bool, str]:
+    """Give a model read from files a head for `labels`: grown from its own where that can be read, else drawn.
+
+    Returns:
+        Whether the head has been trained for these labels, and what is to be said.
+
+    Raises:
+        UsageError: --head grow, and there is no trained head with a tokenizer to grow from.
+    """
+    hf = weights.model
+    old = hf.lm_head
+    hf.lm_head = nn.utils.skip_init(nn.Linear, old.in_features, len(labels))
+    # All of it is drawn, so that a row without a source is that of a new head.
+    _draw_head(hf.lm_head, hf.config, config.seed)
+    is_readable = old_labels is not None and max(old_labels.token_ids.values()) < old.out_features
+    if weights.has_head and is_readable and config.head != "new":
+        growth = plan_growth(old_labels, labels, nearest_letters())
+        take_rows(hf.lm_head, old, growth.sources)
+        return growth.is_same and old.out_features == len(labels), growth.describe()
+    why = f"the checkpoint's {old.out_features} belong to another vocabulary" if weights.has_head else "there was none"
+    if config.head == "grow":
+        lacks = "a tokenizer that names its outputs" if weights.has_head else "a trained head"
+        raise UsageError(
+            f"--head grow: {config.model_name_or_path} has no head to grow from, it lacks {lacks}; use auto"
+        )
+    if weights.has_head and config.head == "new":
+        why = f"--head new leaves the checkpoint's {old.out_features} out"
+    return False, f"head: new, {len(labels)} outputs; {why}"
 
 
 def _draw_head(head: nn.Linear, hf_config: PretrainedConfig, seed: int) -> None:
@@ -701,7 +754,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
+    return _some_of(sorted(names), limit)
+
+
+def _some_of(names: list[str], limit: int) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 

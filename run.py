@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from assembly import Assembly
 from best_model import EMA, TRAINED, figures_of
 from data import ShardDataset
 from joined import CORPUS
+from letters import describe_letters
 from levers import METRICS
 from model import num_frames
 from pretrained import save_model
@@ -25,7 +25,7 @@ from progress import Progress
 from scoring import Evaluation, describe_limits
 from selection import draw_subset
 from slices import Breakdown, Slice, describe_slice
-from text import RULES_FILE
+from text import write_rules
 from training_run import TrainingRun
 
 SAMPLES_SHOWN = 3
@@ -49,6 +49,7 @@ class Run(TrainingRun, Assembly):
             "the vocabulary": dict(self.vocabulary.token_ids),
             "case": self.normalizer.case,
             "characters_to_ignore": self.normalizer.characters_to_ignore,
+            **({} if self.normalizer.language is None else {"language": self.normalizer.language.facts()}),
             **({} if augmenter is None else {"the noises and rooms": augmenter.fingerprint}),
             **{name: getattr(self.config, name) for name in levers.IDENTITY},
         }
@@ -69,6 +70,7 @@ class Run(TrainingRun, Assembly):
 
     def _describe_model(self) -> list[str]:
         text = f"text        case {self.normalizer.case}, vocabulary of {len(self.vocabulary)}"
+        text += f", rules of {self.config.language}" if self.config.language else ""
         return [text, *self._describe_weights()]
 
     def _levers(self) -> str:
@@ -157,6 +159,8 @@ class Run(TrainingRun, Assembly):
             self.state.eval_wer_before = figures[TRAINED]["eval_wer"]
             return
         self.best.take(chosen, figures[chosen])
+        if self.state.best_step == self.state.step:
+            self.state.best_eval_letters = describe_letters(evaluations[chosen].letters)
         because = self.best.judge_patience(figures[chosen], is_normal)
         if because and self.is_main:
             progress.print(f"stopping early at step {self.state.step} of {self.total_steps}: {because}")
@@ -204,6 +208,5 @@ class Run(TrainingRun, Assembly):
     def save_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Weights, processor, text rules and card."""
         save_model(self.loaded, folder, weights)
-        rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
-        (folder / RULES_FILE).write_text(json.dumps(rules, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_rules(folder, self.normalizer)
         card.write_card(folder, self, self.best.figures_of_model(self.training_results()))

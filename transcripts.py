@@ -14,6 +14,8 @@ import numpy as np
 
 from cache import FactCache
 from data import ShardDataset
+from languages import Language
+from metrics import count_letters
 from text import Coverage, TextNormalizer, Vocabulary, measure_coverage, required_frames_many
 
 TEXTS_PER_BLOCK = 10_000
@@ -52,6 +54,17 @@ def measure_texts(
     fields = json.loads(str(arrays["coverage"]))
     coverage = Coverage(fields["characters"], Counter(fields["unknown"]), fields["examples"])
     return TextFacts(arrays["num_labels"], arrays["required_frames"], coverage)
+
+
+def measure_letters(dataset: ShardDataset, normalizer: TextNormalizer, cache: FactCache) -> dict[str, int]:
+    """How often each letter and digraph stands in the transcripts of a split, or the same from `cache`."""
+    key = (dataset.fingerprint, *_settings(normalizer))
+
+    def count() -> dict[str, np.ndarray]:
+        texts = itertools.chain.from_iterable(normalizer.normalize_many(block) for _, block in _blocks(dataset))
+        return {"letters": np.asarray(json.dumps(count_letters(texts, normalizer.digraphs)))}
+
+    return json.loads(str(cache.get("letters", key, count, {"letters": ()})["letters"]))
 
 
 def coverage_of(texts: Iterable[str], normalizer: TextNormalizer, vocabulary: Vocabulary) -> Coverage:
@@ -108,6 +121,7 @@ def _visible(texts: Iterable[str], vocabulary: Vocabulary) -> Iterable[str]:
 def _settings(rules: TextNormalizer | Vocabulary) -> list[object]:
     """Every field that decides what a text becomes, as JSON values."""
     values = [getattr(rules, field.name) for field in dataclasses.fields(rules)]
+    values = [value.facts() if isinstance(value, Language) else value for value in values]
     return [sorted(value) if isinstance(value, frozenset) else value for value in values]
 
 

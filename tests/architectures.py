@@ -232,6 +232,9 @@ class Settings:
     model_config: dict[str, Any] | None = None
     model_overrides: dict[str, Any] | None = None
     vocabulary: str = "auto"
+    vocabulary_min_count: int = 1
+    head: str = "auto"
+    language: str | None = None
     characters_to_ignore: str = ",.?"
     case: str = "auto"
     freeze_feature_encoder: bool = False

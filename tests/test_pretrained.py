@@ -159,10 +159,11 @@ def test_head_is_replaced_when_the_vocabulary_differs(tmp_path, vocabulary):
         swapped = {{"A": "B", "B": "A"}.get(token, token): index for token, index in LARGE_960H_VOCABULARY.items()}
         (tmp_path / "mine.json").write_text(json.dumps(swapped))
         vocabulary = str(tmp_path / "mine.json")
-    loaded = load_model(Settings(model_name_or_path=str(tmp_path / "model"), vocabulary=vocabulary), texts)
+    settings = Settings(model_name_or_path=str(tmp_path / "model"), vocabulary=vocabulary, head="new")
+    loaded = load_model(settings, texts)
     size = len(loaded.vocabulary)
     assert not loaded.head_fits
-    assert f"head: new, {size} outputs; the checkpoint's 32 belong to another vocabulary" in loaded.notes
+    assert f"head: new, {size} outputs; --head new leaves the checkpoint's 32 out" in loaded.notes
     assert loaded.model.hf.lm_head.out_features == loaded.model.hf.config.vocab_size == size
     assert not torch.equal(loaded.model.hf.lm_head.weight[:5], file_weights(tmp_path / "model")["lm_head.weight"][:5])
 
