@@ -263,7 +263,8 @@ def _text(run: "Run") -> list[str]:
     rules, characters = run.normalizer, sorted(run.vocabulary.characters - {" "})
     named = f": {_verbatim(''.join(characters))}" if len(characters) <= MAX_CHARACTERS_NAMED else ""
     removed = rules.characters_to_ignore
-    language = [f"rules of writing: {rules.language.name}"] if rules.language else []
+    names = ", ".join(own.name for own in rules.languages)
+    language = [f"rules of writing: {names}"] if names else []
     return _bullets(
         [
             *language,

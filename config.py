@@ -289,8 +289,9 @@ class TextSettings:
     head: Literal["auto", "grow", "new"] = "auto"
     """For another vocabulary than the checkpoint's: `grow` keeps the rows of shared letters and begins new letters as
     their nearest; `new` draws all; `auto` grows a trained head that has a tokenizer."""
-    language: str | None = None
-    """Code of the language whose rules for apostrophes, case and digraphs to follow (ha, yo, en; languages.yaml)."""
+    language: str | list[str] | None = None
+    """Code of the language whose rules for apostrophes, case and digraphs to follow (ha, yo, en; languages.yaml), or
+    one for each folder of data_dir."""
     characters_to_ignore: str = DEFAULT_CHARACTERS_TO_IGNORE
     """Characters removed from transcripts, written without separators."""
     case: Literal["auto", "upper", "lower", "keep"] = "auto"
@@ -311,6 +312,11 @@ class TextSettings:
     """Score the test split with the best model at the end (and before training, where the head fits)."""
     demo_corpus: bool = False
     """Make and prepare the built-in corpus of spoken digits in data_dir when it is not there."""
+
+    @property
+    def languages(self) -> list[str]:
+        """The codes of `language`: none, one for all data, or one for each folder."""
+        return [] if self.language is None else [self.language] if isinstance(self.language, str) else self.language
 
     def text_errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
@@ -733,7 +739,11 @@ def _sampling_errors(config: TrainConfig) -> list[str]:
 
 def _alphabet_errors(config: TrainConfig) -> list[str]:
     """What is wrong with the vocabulary, the head and the language of a run."""
-    found = _language_errors(config.language)
+    found = [error for code in dict.fromkeys(config.languages) for error in _language_errors(code)]
+    if len(config.languages) not in (0, 1, len(config.data_dirs)):
+        found.append(
+            f"--language names {len(config.languages)} for {len(config.data_dirs)} folders: give one, or one for each"
+        )
     if config.vocabulary_min_count < 1:
         found.append(f"--vocabulary_min_count is {config.vocabulary_min_count}, at least 1 is needed")
     if config.vocabulary_min_count > 1 and config.vocabulary not in ("auto", "train"):
@@ -743,11 +753,10 @@ def _alphabet_errors(config: TrainConfig) -> list[str]:
     return found
 
 
-def _language_errors(code: str | None) -> list[str]:
+def _language_errors(code: str) -> list[str]:
     """A language that languages.yaml does not have."""
     try:
-        if code is not None:
-            find_language(code)
+        find_language(code)
     except UsageError as error:
         return [str(error)]
     return []

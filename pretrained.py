@@ -120,7 +120,8 @@ def load_model(config: "TrainConfig", training_texts: Callable[[], Iterable[str]
 
     Args:
         config: the settings of the run.
-        training_texts: gives the raw training transcripts; called only when the vocabulary is built from them.
+        training_texts: gives the raw training transcripts, normalised ones where each set has a language of its own;
+            called only when the vocabulary is built from them.
 
     Raises:
         UsageError: for everything that is wrong with the checkpoint, the configuration or the vocabulary.
@@ -347,10 +348,10 @@ def _choose_vocabulary(
     if choice not in ("auto", "train"):
         labels = _read_vocabulary(Path(choice).expanduser())
         return labels, [f"vocabulary: {len(labels)} tokens of {choice}"]
-    case = "lower" if config.case == "auto" else resolve_case(config.case, {})
-    language = None if config.language is None else find_language(config.language)
-    normalizer = TextNormalizer(config.characters_to_ignore, case, language=language)
-    counts = count_characters(normalizer(text) for text in training_texts())
+    normalizer = text_rules(config)
+    # Where each set has its language, only the set knows the rules, and the texts come as they are to be.
+    are_raw = len(config.languages) < 2
+    counts = count_characters(normalizer(text) if are_raw else text for text in training_texts())
     labels = build_vocabulary(counts, config.vocabulary_min_count)
     because = ", for the checkpoint has no tokenizer" if choice == "auto" and config.model_name_or_path else ""
     notes = [f"vocabulary: {len(labels)} tokens built from the training text{because}"]
@@ -361,6 +362,13 @@ def _choose_vocabulary(
             "<unk>, written as <unk>, counted as errors"
         )
     return labels, notes
+
+
+def text_rules(config: "TrainConfig") -> TextNormalizer:
+    """The rules for texts that a vocabulary is built from, before there is one."""
+    case = "lower" if config.case == "auto" else resolve_case(config.case, {})
+    language = find_language(config.languages[0]) if len(config.languages) == 1 else None
+    return TextNormalizer(config.characters_to_ignore, case, language=language)
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import csv
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ class Run(TrainingRun, Assembly):
             "the vocabulary": dict(self.vocabulary.token_ids),
             "case": self.normalizer.case,
             "characters_to_ignore": self.normalizer.characters_to_ignore,
-            **({} if self.normalizer.language is None else {"language": self.normalizer.language.facts()}),
+            "language": [own.facts() for own in self.normalizer.languages],
             **({} if augmenter is None else {"the noises and rooms": augmenter.fingerprint}),
             **{name: getattr(self.config, name) for name in levers.IDENTITY},
         }
@@ -70,7 +70,7 @@ class Run(TrainingRun, Assembly):
 
     def _describe_model(self) -> list[str]:
         text = f"text        case {self.normalizer.case}, vocabulary of {len(self.vocabulary)}"
-        text += f", rules of {self.config.language}" if self.config.language else ""
+        text += f", rules of {', '.join(self.config.languages)}" if self.config.languages else ""
         return [text, *self._describe_weights()]
 
     def _levers(self) -> str:
@@ -165,13 +165,18 @@ class Run(TrainingRun, Assembly):
         if because and self.is_main:
             progress.print(f"stopping early at step {self.state.step} of {self.total_steps}: {because}")
 
+    def _dev_texts(self, rows: np.ndarray) -> Iterator[str]:
+        for row in rows:
+            utterance = self.eval_set[int(row)]
+            yield self.normalizer.for_set(utterance.corpus)(utterance.text)
+
     def _diagnose(self, values: dict[str, object]) -> list[str]:
         """Put the state of the run into the row of an evaluation; returns what is to be said."""
         config = self.config
         if self.state.deaf_loss is None:
             rows = draw_subset(self.eval_rows, diagnosis.MAX_DEAF_UTTERANCES, config.seed)
             self.state.deaf_loss = diagnosis.deaf_loss(
-                [self.vocabulary.encode(self.normalizer(self.eval_set[int(row)].text)) for row in rows],
+                [self.vocabulary.encode(text) for text in self._dev_texts(rows)],
                 num_frames(self.eval_set.num_samples[rows], self.hf_config.conv_kernel, self.hf_config.conv_stride),
                 len(self.vocabulary),
                 self.vocabulary.blank_id,

@@ -9,7 +9,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,10 +72,17 @@ class TextNormalizer:
     zero-width non-joiner in Persian). `characters_to_ignore` goes before it."""
     language: Language | None = None
     """Whose rules to follow; its apostrophe is written as the vocabulary has it, where that has another one."""
+    of_sets: tuple[tuple[str, Language], ...] = ()
+    """Languages of prepared sets by their names, where each has its own; see `for_set`."""
 
     @classmethod
     def for_vocabulary(
-        cls, vocabulary: "Vocabulary", characters_to_ignore: str, case: str, language: Language | None = None
+        cls,
+        vocabulary: "Vocabulary",
+        characters_to_ignore: str,
+        case: str,
+        language: Language | None = None,
+        of_sets: tuple[tuple[str, Language], ...] = (),
     ) -> "TextNormalizer":
         """The normalizer whose texts fit `vocabulary`; `case` may be "auto".
 
@@ -86,14 +93,19 @@ class TextNormalizer:
         if vocabulary.lowercases:
             if case not in ("auto", "lower"):
                 raise UsageError(f"--case {case}: this checkpoint's tokenizer writes lower case; use --case auto")
-            if language is not None and language.upper:
-                raise UsageError(
-                    f"--language {language.code}: this checkpoint's tokenizer changes case without the language's "
-                    "rules; use --vocabulary train"
-                )
+            for own in (language, *(of_set for _, of_set in of_sets)):
+                if own is not None and own.upper:
+                    raise UsageError(
+                        f"--language {own.code}: this checkpoint's tokenizer changes case without the language's "
+                        "rules; use --vocabulary train"
+                    )
             case = "lower"
         letters = frozenset(token for token in vocabulary.token_ids if len(token) == 1)
-        return cls(characters_to_ignore, resolve_case(case, vocabulary.token_ids), letters, language)
+        return cls(characters_to_ignore, resolve_case(case, vocabulary.token_ids), letters, language, of_sets)
+
+    def for_set(self, name: str) -> "TextNormalizer":
+        """The rules for the texts of one of several prepared sets, by its name; "" where there is one set."""
+        return self._for_sets.get(name, self)
 
     def __call__(self, text: str) -> str:
         """Normalise one transcript."""
@@ -111,8 +123,13 @@ class TextNormalizer:
 
     @property
     def digraphs(self) -> tuple[str, ...]:
-        """Letters of several characters, for tables of letters."""
-        return () if self.language is None else self.language.digraphs
+        """Letters of several characters, for tables of letters; with several languages those of all."""
+        return tuple(dict.fromkeys(digraph for own in self.languages for digraph in own.digraphs))
+
+    @property
+    def languages(self) -> list[Language]:
+        """All whose rules are followed."""
+        return list(dict.fromkeys(filter(None, (self.language, *(own for _, own in self.of_sets)))))
 
     def _map(self, text: str) -> str:
         """All but the spaces."""
@@ -136,6 +153,10 @@ class TextNormalizer:
 
     def _replacement(self, match: re.Match[str]) -> str:
         return self._table[match[0]]
+
+    @cached_property
+    def _for_sets(self) -> dict[str, "TextNormalizer"]:
+        return {name: replace(self, language=own, of_sets=()) for name, own in self.of_sets}
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -219,9 +240,8 @@ def resolve_case(case: str, vocabulary: Mapping[str, int]) -> Case:
 
 def write_rules(folder: Path, normalizer: TextNormalizer) -> None:
     """Write the rules of a training into its model folder, for `read_rules`."""
-    own = normalizer.language
     rules = {"characters_to_ignore": normalizer.characters_to_ignore, "case": normalizer.case}
-    rules |= {"languages": [] if own is None else [own.facts()]}
+    rules |= {"languages": [own.facts() for own in normalizer.languages]}
     (folder / RULES_FILE).write_text(json.dumps(rules, ensure_ascii=False, indent=1), encoding="utf-8")
 
 

@@ -234,7 +234,7 @@ class Settings:
     vocabulary: str = "auto"
     vocabulary_min_count: int = 1
     head: str = "auto"
-    language: str | None = None
+    languages: tuple[str, ...] = ()
     characters_to_ignore: str = ",.?"
     case: str = "auto"
     freeze_feature_encoder: bool = False
