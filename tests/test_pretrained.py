@@ -182,7 +182,7 @@ def test_rare_characters_stay_unknown_and_are_named(tmp_path):
     assert loaded.vocabulary.decode_labels([3, 1]) == "a<unk>"
     all_kept = load_model(Settings(**settings), lambda: rare)
     assert not any(note.startswith("unknown") for note in all_kept.notes)
-    with pytest.raises(UsageError, match="no character at least 9 times: .* --vocabulary_min_count"):
+    with pytest.raises(UsageError, match=r"no character at least 9 times: .* --vocabulary_min_count"):
         load_model(Settings(**settings, vocabulary_min_count=9), lambda: rare)
 
 
