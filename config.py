@@ -667,6 +667,8 @@ class TuneConfig:
     """Folder that prepare.py wrote."""
     lm: str = ""
     """Folder that build-lm wrote; the weights go into its tuning.json."""
+    language: str | None = None
+    """Code of the language whose rules the references follow; that of the recogniser's training when not given."""
     split: Literal["dev", "train"] = "dev"
     """Split to tune on; never the one that the result is judged by."""
     max_eval_samples: int = 500

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from atomic import UNFINISHED, nearest_existing, replace_folder, reporting_disk_errors, write_atomically
@@ -119,7 +118,12 @@ def _fill(
         "words": running,
         "distinct_words": distinct,
         "added_training_words": len(words) - distinct,
-        "text_rules": asdict(normalizer) | {"letters": "".join(sorted(normalizer.letters))},
+        "text_rules": {
+            "characters_to_ignore": normalizer.characters_to_ignore,
+            "case": normalizer.case,
+            "letters": "".join(sorted(normalizer.letters)),
+            "languages": [own.facts() for own in normalizer.languages],
+        },
         "recogniser": config.model_name_or_path,
         "estimated_by": made_by,
         "file": name,

@@ -233,7 +233,7 @@ def show_evaluation(one: Evaluated) -> list[tuple[str, str, Markup]]:
         (
             "letters",
             "Letters found",
-            results_page.letters(results.get("letters", {}), results.get("rare_in_training", {})),
+            results_page.letters(results.get("letters", {}), results.get("rare_in_training") or {}),
         )
     )
     return [(f"{identity}-{one.number}", title, content) for identity, title, content in parts if content is not None]

@@ -158,7 +158,9 @@ def letters(found: Row, rare_in_training: Row) -> Markup | None:
 
 def _mistaken(one: Row) -> str:
     """What most often stands in a letter's place; older results do not say."""
-    return "" if one.get("taken_for") is None else f"{name_found(one['taken_for'])}, {one['times']:,} times"
+    if one.get("taken_for") is None:
+        return ""
+    return f"{name_found(one['taken_for'])}, {one.get('times') or 0:,} times"
 
 
 def _unit(text: str) -> Markup:
