@@ -104,13 +104,12 @@ def draw(hf: PreTrainedModel, seed: int) -> None:
             layer.norm.bias.zero_()
 
 
-def load_language(hf: PreTrainedModel, weights: Mapping[str, torch.Tensor], with_head: bool, source: object) -> None:
-    """Put the weights of a language's file in place.
+def load_language(hf: PreTrainedModel, weights: Mapping[str, torch.Tensor], source: object) -> None:
+    """Put the weights of a language's file in place, those of the output layer too.
 
     Args:
-        hf: whose output layer has the size of the language's vocabulary, where `with_head`.
+        hf: whose output layer has the size of the language's.
         weights: by name.
-        with_head: the output layer too.
         source: the file, for messages.
 
     Raises:
@@ -120,15 +119,14 @@ def load_language(hf: PreTrainedModel, weights: Mapping[str, torch.Tensor], with
     differing = sorted(own.keys() ^ weights.keys())
     if differing:
         raise UsageError(f"{source} does not hold the adapters of this model: it differs in {', '.join(differing[:3])}")
-    wanted = {name: value for name, value in weights.items() if with_head or not name.startswith(HEAD)}
-    misshapen = [name for name, value in wanted.items() if value.shape != own[name].shape]
+    misshapen = [name for name, value in weights.items() if value.shape != own[name].shape]
     if misshapen:
         name = misshapen[0]
         raise UsageError(
-            f"{source}: {name} has the shape {list(wanted[name].shape)}, and the model {list(own[name].shape)}"
+            f"{source}: {name} has the shape {list(weights[name].shape)}, and the model {list(own[name].shape)}"
         )
     with torch.no_grad():
-        for name, value in wanted.items():
+        for name, value in weights.items():
             own[name].copy_(value)
 
 

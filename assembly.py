@@ -1,5 +1,6 @@
 """What fine-tuning is made of before its first step: a recogniser, its texts, its losses. Nothing here writes."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -15,16 +16,18 @@ from errors import UsageError
 from findings import Finding
 from foundation import Foundation
 from integrity import require_texts
+from joined import name_sets
+from languages import Language, find_language
 from memory import Shape, evaluation_mode
 from metrics import score_batch
 from model import Objective, forward_with_loss, is_of_head, masked_axes
 from overlap import find_overlap
-from pretrained import load_model
+from pretrained import load_model, text_rules
 from processes import main_first
 from selection import select_training_rows
 from sharding import asks_for_sharding, whole
 from text import TextNormalizer
-from transcripts import measure_texts
+from transcripts import measure_texts, normalised_texts
 
 
 class Assembly(Foundation):
@@ -42,12 +45,28 @@ class Assembly(Foundation):
         if self.is_sharded and config.freeze_encoder_steps:
             raise UsageError("--freeze_encoder_steps with FSDP is not possible: leave it out, or train without FSDP")
 
+    def _find_languages(self) -> tuple[Language | None, tuple[tuple[str, Language], ...]]:
+        """The language of all data, or those of the sets by name."""
+        languages = list(map(find_language, self.config.languages))
+        if len(languages) > 1:
+            return None, tuple(zip(name_sets(self.config.data_dirs), languages, strict=True))
+        return (languages[0] if languages else None), ()
+
+    def _training_texts(self, of_sets: tuple[tuple[str, Language], ...]) -> Iterator[str]:
+        """For a vocabulary: as found, but where each set has its language, whose rules only the set knows."""
+        if not of_sets:
+            return self.train_set.column("text")
+        return normalised_texts(self.train_set, replace(text_rules(self.config), of_sets=of_sets))
+
     def _load_model(self) -> None:
         config = self.config
-        self.loaded = load_model(config, lambda: self.train_set.column("text"))
+        language, of_sets = self._find_languages()
+        self.loaded = load_model(config, lambda: self._training_texts(of_sets))
         self.vocabulary, self.head_fits = self.loaded.vocabulary, self.loaded.head_fits
         self.hf_config = self.loaded.model.hf.config
-        self.normalizer = TextNormalizer.for_vocabulary(self.vocabulary, config.characters_to_ignore, config.case)
+        self.normalizer = TextNormalizer.for_vocabulary(
+            self.vocabulary, config.characters_to_ignore, config.case, language, of_sets
+        )
         self.collate = Collator(
             self.normalizer,
             self.vocabulary,

@@ -90,8 +90,8 @@ def write_pretraining_card(folder: Path, run: "PretrainingRun") -> None:
         f"---\n{front}\n---",
         f"# {_name(run)}",
         f"A speech encoder, pre-trained {origin} on {len(run.plan.rows):,} untranscribed utterances ({hours:.2f} "
-        f"hours) of `{_data_name(run)}`, in {run.total_steps:,} updates{done} of {state.utterances_per_update} utterances. It "
-        "has no head and no vocabulary: it cannot write before it is fine-tuned.",
+        f"hours) of `{_data_name(run)}`, in {run.total_steps:,} updates{done} of {state.utterances_per_update} utterances. "
+        "It has no head and no vocabulary: it cannot write before it is fine-tuned.",
         "## Use",
         _code(["from transformers import Wav2Vec2Model", "encoder = Wav2Vec2Model.from_pretrained('.')"]),
         "To fine-tune it, name this folder as `--model_name_or_path` of train.py, with `--vocabulary train`.",
@@ -263,8 +263,11 @@ def _text(run: "Run") -> list[str]:
     rules, characters = run.normalizer, sorted(run.vocabulary.characters - {" "})
     named = f": {_verbatim(''.join(characters))}" if len(characters) <= MAX_CHARACTERS_NAMED else ""
     removed = rules.characters_to_ignore
+    names = ", ".join(own.name for own in rules.languages)
+    language = [f"rules of writing: {names}"] if names else []
     return _bullets(
         [
+            *language,
             f"case: {rules.case}",
             f"characters removed: {_verbatim(removed) if removed else 'none'}",
             f"vocabulary: {len(run.vocabulary)} outputs, {len(characters)} characters{named}",

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from errors import UsageError
+from languages import find_language
 from levers import Adaptation, Augmentation, Course, Dropouts, PretrainingMasks, Rates, Regularisation, Selection
 from text import DEFAULT_RULES
 
@@ -284,6 +285,15 @@ class TextSettings:
     vocabulary: str = "auto"
     """`model`: the checkpoint's; `train`: built from the training text; `large_960h`: the 32 tokens of
     facebook/wav2vec2-large-960h; a vocab.json; `auto`: the checkpoint's where it has one, else `train`."""
+    vocabulary_min_count: int = 1
+    """Characters seen less often in the training text get no output of their own; they are learned and scored as the
+    unknown token."""
+    head: Literal["auto", "grow", "new"] = "auto"
+    """For another vocabulary than the checkpoint's: `grow` keeps the rows of shared letters and begins new letters as
+    their nearest; `new` draws all; `auto` grows a trained head that has a tokenizer."""
+    language: str | list[str] | None = None
+    """Code of the language whose rules for apostrophes, case and digraphs to follow (ha, yo, en; languages.yaml), or
+    one for each folder of data_dir."""
     characters_to_ignore: str = DEFAULT_CHARACTERS_TO_IGNORE
     """Characters removed from transcripts, written without separators."""
     case: Literal["auto", "upper", "lower", "keep"] = "auto"
@@ -305,9 +315,14 @@ class TextSettings:
     demo_corpus: bool = False
     """Make and prepare the built-in corpus of spoken digits in data_dir when it is not there."""
 
+    @property
+    def languages(self) -> list[str]:
+        """The codes of `language`: none, one for all data, or one for each folder."""
+        return [] if self.language is None else [self.language] if isinstance(self.language, str) else self.language
+
     def text_errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
-        found = []
+        found = _alphabet_errors(self)
         if self.train_rest and (self.train_fraction == 1 or self.max_train_samples is not None):
             found.append("--train_rest needs a --train_fraction below 1, and no --max_train_samples")
         if self.prune_fraction is not None and not (self.prune_list and 0 < self.prune_fraction < 1):
@@ -461,6 +476,8 @@ class EvaluateConfig:
     """Characters removed from references; those of the model's training when not given."""
     case: Literal["auto", "upper", "lower", "keep"] | None = None
     """Case of the references; that of the model's training when not given."""
+    language: str | None = None
+    """Code of the language whose rules the references follow; that of the model's training when not given."""
     max_eval_samples: int | None = None
     """Score a fixed, stratified subset of this size."""
     per_device_eval_batch_size: int = 8
@@ -635,6 +652,8 @@ class BuildLMConfig:
     """Characters removed from the texts; those of the recogniser's training, or train.py's, when not given."""
     case: Literal["auto", "upper", "lower", "keep"] | None = None
     """Case of the texts; that of the recogniser's training when not given, lower case without one."""
+    language: str | None = None
+    """Code of the language whose rules the texts follow; that of the recogniser's training when not given."""
     text_column_name: str | None = None
     """Column of the tables that holds the text; found by its usual names when not given."""
 
@@ -657,6 +676,8 @@ class TuneConfig:
     """Folder that prepare.py wrote."""
     lm: str = ""
     """Folder that build-lm wrote; the weights go into its tuning.json."""
+    language: str | None = None
+    """Code of the language whose rules the references follow; that of the recogniser's training when not given."""
     split: Literal["dev", "train"] = "dev"
     """Split to tune on; never the one that the result is judged by."""
     max_eval_samples: int = 500
@@ -725,6 +746,31 @@ def _sampling_errors(config: TrainConfig) -> list[str]:
     if config.demo_corpus and len(folders) > 1:
         found.append(f"demo_corpus makes one folder, --data_dir names {len(folders)}: prepare the demo on its own")
     return found
+
+
+def _alphabet_errors(config: TrainConfig) -> list[str]:
+    """What is wrong with the vocabulary, the head and the language of a run."""
+    found = [error for code in dict.fromkeys(config.languages) for error in _language_errors(code)]
+    if len(config.languages) not in (0, 1, len(config.data_dirs)):
+        found.append(
+            f"--language names {len(config.languages)} for {len(config.data_dirs)} folders: give one, or one for each"
+        )
+    if config.vocabulary_min_count < 1:
+        found.append(f"--vocabulary_min_count is {config.vocabulary_min_count}, at least 1 is needed")
+    if config.vocabulary_min_count > 1 and config.vocabulary not in ("auto", "train"):
+        found.append("--vocabulary_min_count belongs to a vocabulary built from the text: give --vocabulary train")
+    if config.head == "grow" and config.model_name_or_path is None:
+        found.append("--head grow needs a trained head: name its model with --model_name_or_path")
+    return found
+
+
+def _language_errors(code: str) -> list[str]:
+    """A language that languages.yaml does not have."""
+    try:
+        find_language(code)
+    except UsageError as error:
+        return [str(error)]
+    return []
 
 
 def _beam_errors(config: EvaluateConfig | TranscribeConfig) -> list[str]:

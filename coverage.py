@@ -1,5 +1,6 @@
 """Does the vocabulary know the characters of the transcripts, and if not, which setting would mend it?"""
 
+import itertools
 import shlex
 import unicodedata
 from collections import Counter
@@ -10,7 +11,8 @@ import numpy as np
 
 from data import ShardDataset
 from findings import Finding
-from text import Coverage, TextNormalizer, Vocabulary
+from joined import CORPUS, JoinedDataset
+from text import Coverage, TextNormalizer, Vocabulary, visible
 from transcripts import VISIBLE_SPACE, coverage_of, cut_around
 
 MAX_UNKNOWN_FRACTION = 0.005
@@ -68,8 +70,9 @@ def check_round_trip(
     """
     lines, broken = [], None
     for row in rows[:UTTERANCES_SHOWN]:
-        raw = dataset[int(row)].text
-        normalised = normalizer(raw)
+        utterance = dataset[int(row)]
+        raw = utterance.text
+        normalised = normalizer.for_set(utterance.corpus)(raw)
         ids = vocabulary.encode(normalised)
         decoded = vocabulary.decode_labels(ids)
         if vocabulary.unknown_id not in ids and decoded != normalised:
@@ -100,16 +103,10 @@ def _describe(coverage: Coverage) -> str:
             if named
             else f', as in "{cut_around(coverage.examples[character], character, EXAMPLE_CHARACTERS_SHOWN)}"'
         )
-        named.append(f"{_visible(character)} {count:,} ({count / coverage.characters:.2%}{where})")
+        named.append(f"{visible(character)} {count:,} ({count / coverage.characters:.2%}{where})")
     more = len(coverage.unknown) - CHARACTERS_SHOWN
     rest = f"; unknown: {', '.join(named)}" + (f" and {more} more" if more > 0 else "") if named else ""
     return f"{1 - coverage.unknown_fraction:.2%} of {coverage.characters:,} characters known{rest}"
-
-
-def _visible(character: str) -> str:
-    """The character itself, or its code point where nobody would see it or it would join its neighbour."""
-    is_seen = character.isprintable() and not unicodedata.combining(character) and not character.isspace()
-    return character if is_seen else f"U+{ord(character):04X}"
 
 
 def _remedy(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocabulary, unknown: Counter[str]) -> str:
@@ -131,16 +128,19 @@ def _remedy(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocab
     why = _describe_cases(normalizer, vocabulary, unknown)
     texts = _draw_texts(dataset)
     for setting, changed in candidates.items():
-        fraction = coverage_of(texts, changed, vocabulary).unknown_fraction
+        normalised = (changed.for_set(corpus)(text) for corpus, text in texts)
+        fraction = coverage_of(normalised, vocabulary).unknown_fraction
         if fraction <= MAX_UNKNOWN_FRACTION:
             return f"{why}with {setting} coverage is {1 - fraction:.2%}"
     return f"{why}no such setting mends it: build a vocabulary from the text with --vocabulary train (and a new head)"
 
 
-def _draw_texts(dataset: ShardDataset) -> list[str]:
-    """TEXTS_TRIED transcripts, the same ones every time."""
-    chosen = np.random.default_rng(0).permutation(len(dataset))[:TEXTS_TRIED]
-    return list(dataset.column("text", np.sort(chosen)))
+def _draw_texts(dataset: ShardDataset | JoinedDataset) -> list[tuple[str, str]]:
+    """TEXTS_TRIED transcripts, the same ones every time, each with the name of its set ("" where there is one)."""
+    rows = np.sort(np.random.default_rng(0).permutation(len(dataset))[:TEXTS_TRIED])
+    is_joined = isinstance(dataset, JoinedDataset)
+    corpora = dataset.column(CORPUS, rows) if is_joined else itertools.repeat("")
+    return list(zip(corpora, dataset.column("text", rows), strict=is_joined))
 
 
 def _describe_cases(normalizer: TextNormalizer, vocabulary: Vocabulary, unknown: Counter[str]) -> str:

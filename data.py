@@ -68,6 +68,8 @@ class Utterance:
     id: str
     audio: np.ndarray
     text: str
+    corpus: str = ""
+    """Name of the set that it is of, where there are several."""
 
 
 class ShardDataset(Dataset):
@@ -612,7 +614,7 @@ class Collator:
 
         Augmented and masked where `epoch` is given (training); `copies` says how often each came before in the epoch.
         """
-        texts = [self.normalizer(utterance.text) for utterance in utterances]
+        texts = [self._normalise(utterance) for utterance in utterances]
         labels = [self.vocabulary.encode(text) for text in texts]
         copies = np.zeros(len(rows), np.int64) if copies is None else copies
         padded, lengths = hear(utterances, rows, epoch, copies, self.augmenter, self.do_normalize)
@@ -631,6 +633,10 @@ class Collator:
             label_lengths_B=torch.tensor([len(row) for row in labels]),
             **of_training,
         )
+
+    def _normalise(self, utterance: Utterance) -> str:
+        rules = self.normalizer.for_set(utterance.corpus) if utterance.corpus else self.normalizer
+        return rules(utterance.text)
 
     def lengths(self, rows: np.ndarray, num_samples: np.ndarray, epoch: int, copies: np.ndarray) -> np.ndarray:
         """Samples that training utterances of `num_samples` will have, [N]: known before any is read."""

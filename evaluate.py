@@ -38,11 +38,13 @@ from accelerate import Accelerator
 
 from atomic import nearest_existing, reporting_disk_errors, write_atomically
 from audio import SAMPLE_RATE_HZ
+from cache import FactCache
 from comparison import compare
 from config import EvaluateConfig, parse_arguments
 from data import Batch, ShardDataset, has_utterances
 from hosts import check_hosts_agree, check_same
 from intervals import CONFIDENCE, share_of_units
+from letters import describe_letters, find_rare
 from metrics import TextScore
 from model_scorer import ModelScorer
 from pretrained import find_checkpoint_folder
@@ -61,7 +63,6 @@ from result_layout import (
 from results import (
     TextSpool,
     Utterances,
-    describe_letters,
     print_results,
     read_utterances,
     write_drops,
@@ -73,6 +74,8 @@ from scoring import Evaluation, evaluate, named_limits
 from side_by_side import BeamTexts, GreedyTexts, describe_reading, print_error_classes
 from slices import Breakdown, Trained, describe_slice, draw_stratified, error_intervals, worst_slice
 from stopping import end_loaders
+from text import TextNormalizer, describe_rules
+from transcripts import measure_letters
 
 collector.wake()
 
@@ -194,11 +197,12 @@ def clear_results(folder: Path) -> None:
                 shutil.rmtree(folder / name)
 
 
-def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> dict[str, str]:
+def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelerator) -> dict[str, object]:
     """One model: score it, write its folder, print its screen. Returns the text rules that it was scored by."""
     scorer = ModelScorer(config, accelerator, keeps_log_probs=config.lm is not None)
     rows, dropped = scorer.choose_rows()
     trained, known = find_trained(config)
+    in_training = count_training_letters(config, scorer.normalizer)
     if config.max_eval_samples is not None and config.max_eval_samples < len(rows):
         rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
     breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)
@@ -220,7 +224,10 @@ def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelera
         seconds = time.monotonic() - started_at
         results = [
             make_results(scorer, outcome.evaluation, breakdown, seconds)
-            | {"known_of_training": known, "letters": describe_letters(outcome.letters), **outcome.facts}
+            | {"known_of_training": known}
+            | {"letters": describe_letters(outcome.evaluation.letters, in_training)}
+            | {"rare_in_training": find_rare(in_training or {})}
+            | outcome.facts
             for outcome in outcomes
         ]
 
@@ -315,6 +322,16 @@ def find_trained(config: EvaluateConfig) -> tuple[Trained | None, str]:
     return (Trained.of(dataset), "data") if heard is None else (Trained.of(dataset, heard), "run")
 
 
+def count_training_letters(config: EvaluateConfig, normalizer: TextNormalizer) -> dict[str, int] | None:
+    """How often each letter stands in the training split of the data, by the same rules; None without one."""
+    train = Path(config.data_dir) / "train"
+    if not has_utterances(train):
+        return None
+    dataset = ShardDataset(train)
+    cache = FactCache(Path(config.data_dir))
+    return measure_letters(dataset, normalizer, cache)
+
+
 def find_heard(model: str, dataset: ShardDataset) -> np.ndarray | None:
     """Which training clips a model was trained on, bool [N]; None where it lies in no run on this very data."""
     run = Path(model).parent
@@ -358,7 +375,7 @@ def make_results(
         "near_ties": score.near_ties,
         "unknown": config.unknown,
         "unknown_characters": dict(coverage.unknown.most_common()),
-        "text_rules": scorer.rules,
+        "text_rules": describe_rules(scorer.rules),
         "slices": list(map(describe_slice, slices)),
         "worst_slice": None if worst is None else describe_slice(worst[0]) | {"is_beyond_chance": bool(worst[1])},
         "processes": describe_processes(scorer.accelerator),

@@ -46,7 +46,7 @@ class JoinedDataset(Dataset):
             raise IndexError(row)
         place = int(self.sets_of(np.asarray(row)))
         found = self.members[place][row - int(self._starts[place])]
-        return Utterance(self._id(place, found.id), found.audio, found.text)
+        return Utterance(self._id(place, found.id), found.audio, found.text, self.names[place])
 
     def sets_of(self, rows: np.ndarray) -> np.ndarray:
         """Which of `names` each of these rows is of, of the same shape."""

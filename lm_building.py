@@ -5,7 +5,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 from atomic import UNFINISHED, nearest_existing, replace_folder, reporting_disk_errors, write_atomically
@@ -72,14 +71,14 @@ def make_normalizer(config: BuildLMConfig) -> TextNormalizer:
     """
     given = {"case": config.case, "characters_to_ignore": config.characters_to_ignore}
     if config.model_name_or_path is None:
-        rules = read_rules(None, **given)
+        rules = read_rules(None, config.language, **given)
         # Without a vocabulary `auto` is what train.py makes of a text: lower case.
         case = "lower" if rules["case"] == "auto" else resolve_case(rules["case"], {})
-        return TextNormalizer(rules["characters_to_ignore"], case)
+        return TextNormalizer(rules["characters_to_ignore"], case, language=rules["language"])
     from pretrained import find_checkpoint_folder, read_vocabulary  # transformers takes 8 s to import.
 
     folder = find_checkpoint_folder(config.model_name_or_path)
-    return TextNormalizer.for_vocabulary(read_vocabulary(folder), **read_rules(folder, **given))
+    return TextNormalizer.for_vocabulary(read_vocabulary(folder), **read_rules(folder, config.language, **given))
 
 
 def _keys(data_dir: str, split: str, normalizer: TextNormalizer) -> set[int]:
@@ -119,7 +118,12 @@ def _fill(
         "words": running,
         "distinct_words": distinct,
         "added_training_words": len(words) - distinct,
-        "text_rules": asdict(normalizer) | {"letters": "".join(sorted(normalizer.letters))},
+        "text_rules": {
+            "characters_to_ignore": normalizer.characters_to_ignore,
+            "case": normalizer.case,
+            "letters": "".join(sorted(normalizer.letters)),
+            "languages": [own.facts() for own in normalizer.languages],
+        },
         "recogniser": config.model_name_or_path,
         "estimated_by": made_by,
         "file": name,

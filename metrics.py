@@ -3,8 +3,10 @@
 B: utterances, S: samples, T: frames, V: vocabulary, L: labels.
 """
 
+import functools
 import hashlib
 import heapq
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field, fields
@@ -363,28 +365,96 @@ def score_text(reference: str, raw_reference: str, hypothesis: str) -> TextScore
 
 @dataclass
 class LetterCounts:
-    """How often each letter (code point) of the references stands at its place in the hypotheses."""
+    """How often each letter (code point) of the references stands at its place in the hypotheses, and what else does.
 
+    A digraph counts beside its characters, in lower case, and is found where all of it is, with nothing in between.
+
+    Attributes:
+        digraphs: letters of several characters to count too, in lower case.
+        occurrences: of each letter in the references.
+        hits: of those, found at their place.
+        mistaken: of (letter, what is in its place), "" for nothing.
+        written: of each letter in the hypotheses.
+    """
+
+    digraphs: tuple[str, ...] = ()
     occurrences: Counter[str] = field(default_factory=Counter)
     hits: Counter[str] = field(default_factory=Counter)
+    mistaken: Counter[tuple[str, str]] = field(default_factory=Counter)
+    written: Counter[str] = field(default_factory=Counter)
 
     def add(self, reference: str, hypothesis: str) -> None:
         """Count one utterance, aligned with the least edits; spaces are no letters."""
         reference, hypothesis = composed(reference).strip(), composed(hypothesis).strip()
         letters = Counter(reference)
+        edits = [] if reference == hypothesis else Levenshtein.editops(reference, hypothesis).as_list()
+        wrong = [
+            (reference[place], hypothesis[heard] if edit == "replace" else "")
+            for edit, place, heard in edits
+            if edit != "insert"
+        ]
         self.occurrences += letters
         self.hits += letters
-        if reference != hypothesis:
-            edits = Levenshtein.editops(reference, hypothesis).as_list()
-            self.hits -= Counter(reference[place] for edit, place, _ in edits if edit != "insert")
-        del self.occurrences[" "], self.hits[" "]
+        self.hits -= Counter(letter for letter, _ in wrong)
+        self.mistaken.update(pair for pair in wrong if pair[0] != " ")
+        self.written.update(hypothesis)
+        for counts in (self.occurrences, self.hits, self.written):
+            del counts[" "]
+        if self.digraphs:
+            self._add_digraphs(reference, hypothesis, edits)
+
+    def _add_digraphs(self, reference: str, hypothesis: str, edits: list[tuple[str, int, int]]) -> None:
+        find = digraph_pattern(self.digraphs).finditer
+        self.written.update(match[0].lower() for match in find(hypothesis))
+        places = list(find(reference))
+        if not places:
+            return
+        in_place, before = list(reference), [""] * (len(reference) + 1)
+        for edit, place, heard in edits:
+            if edit == "insert":
+                before[place] += hypothesis[heard]
+            else:
+                in_place[place] = hypothesis[heard] if edit == "replace" else ""
+        for match in places:
+            first, *others = range(*match.span())
+            found = in_place[first] + "".join(before[place] + in_place[place] for place in others)
+            digraph = match[0].lower()
+            self.occurrences[digraph] += 1
+            if found == match[0]:
+                self.hits[digraph] += 1
+            else:
+                self.mistaken[digraph, found] += 1
 
     def recall(self, letter: str) -> float:
         """Share of its occurrences that were found."""
         return self.hits[letter] / self.occurrences[letter]
 
     def __add__(self, other: "LetterCounts") -> "LetterCounts":
-        return LetterCounts(self.occurrences + other.occurrences, self.hits + other.hits)
+        return LetterCounts(
+            self.digraphs or other.digraphs,
+            self.occurrences + other.occurrences,
+            self.hits + other.hits,
+            self.mistaken + other.mistaken,
+            self.written + other.written,
+        )
+
+
+@functools.cache
+def digraph_pattern(digraphs: tuple[str, ...]) -> re.Pattern[str]:
+    """Finds digraphs in either case, the longest one where several begin at a place."""
+    longest_first = sorted(map(re.escape, digraphs), key=len, reverse=True)
+    return re.compile("|".join(longest_first), re.IGNORECASE)
+
+
+def count_letters(texts: Iterable[str], digraphs: tuple[str, ...] = ()) -> Counter[str]:
+    """How often each letter and digraph stands in normalised texts; spaces are no letters."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+        if digraphs:
+            counts.update(match[0].lower() for match in digraph_pattern(digraphs).finditer(text))
+    del counts[" "]
+    return counts
 
 
 def _valid_frames(num_frames: int, frame_lengths_B: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ class ModelScorer:
         with main_first(accelerator):
             self.loaded = load_recogniser(name, config.target_lang)
             rules = {"case": config.case, "characters_to_ignore": config.characters_to_ignore}
-            self.rules = read_rules(find_checkpoint_folder(name, config.target_lang), **rules)
+            self.rules = read_rules(find_checkpoint_folder(name, config.target_lang), config.language, **rules)
         self.model = self.loaded.model.to(accelerator.device)
         check_same_on_all_ranks(accelerator, self.model)
         self.vocabulary = self.loaded.vocabulary

@@ -12,7 +12,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +45,22 @@ import adapters
 import lora
 from audio import SAMPLE_RATE_HZ
 from errors import RunFailed, UsageError
+from head import plan_growth, take_rows
 from integrity import hash_file
+from languages import find_language, nearest_letters
 from model import CTCModel
 from pretraining import PretrainingModel
 from sharding import weights_of
-from text import LARGE_960H_VOCABULARY, TextNormalizer, Vocabulary, build_tokenizer, build_vocabulary, resolve_case
+from text import (
+    LARGE_960H_VOCABULARY,
+    TextNormalizer,
+    Vocabulary,
+    build_tokenizer,
+    build_vocabulary,
+    count_characters,
+    resolve_case,
+    visible,
+)
 
 if TYPE_CHECKING:
     from config import PretrainConfig, TrainConfig
@@ -57,6 +68,8 @@ if TYPE_CHECKING:
 HUB_TIMEOUT_SECONDS = 10
 # Of a saved model, where adapters or LoRA were trained alone.
 PARTS_FOLDER = "adapter"
+# Characters without an output that are named on the screen.
+RARE_SHOWN = 20
 # Families whose pre-training is wav2vec 2.0's, and why the others' is not.
 PRETRAINING_FAMILIES = ("wav2vec2", "wav2vec2-conformer")
 OTHER_OBJECTIVES = {
@@ -136,7 +149,8 @@ def load_model(config: "TrainConfig", training_texts: Callable[[], Iterable[str]
 
     Args:
         config: the settings of the run.
-        training_texts: gives the raw training transcripts; called only when the vocabulary is built from them.
+        training_texts: gives the raw training transcripts, normalised ones where each set has a language of its own;
+            called only when the vocabulary is built from them.
 
     Raises:
         UsageError: for everything that is wrong with the checkpoint, the configuration or the vocabulary.
@@ -173,23 +187,23 @@ def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterabl
     tokenizer = _read_tokenizer(folder, hf_config.vocab_size, is_needed, config.target_lang)
     labels, notes = _choose_vocabulary(config, tokenizer, training_texts)
     same_labels = tokenizer is not None and labels == tokenizer.get_vocab()
+    old_labels = None if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
     tokenizer = tokenizer if same_labels else build_tokenizer(labels)
 
     trained_outputs = hf_config.vocab_size
-    _set_vocabulary(hf_config, tokenizer, len(labels))
     weights = _read_weights(folder, hf_config, weights_file, config.seed, RECOGNITION, adapters_are_new)
-    hf, has_head = weights.model, weights.has_head
+    hf = weights.model
     if config.target_lang is not None:
-        trained_outputs, has_head = _load_language(hf, folder, config.target_lang, same_labels), True
+        weights, trained_outputs = _load_language(weights, folder, config.target_lang)
         notes.append(f"adapters: those of {config.target_lang}")
     elif hf_config.to_dict().get("adapter_attn_dim") is not None and (reason := _lacks_adapters(folder, weights)):
         adapters.draw(hf, config.seed)
         notes.append(f"adapters: drawn anew, {reason}")
-    head_fits = same_labels and has_head and trained_outputs == len(labels)
+    head_fits = same_labels and weights.has_head and trained_outputs == len(labels) and config.head != "new"
     if not head_fits:
-        _draw_head(hf.lm_head, hf_config, config.seed)
-        old = f"the checkpoint's {trained_outputs} belong to another vocabulary" if has_head else "there was none"
-        notes.append(f"head: new, {len(labels)} outputs; {old}")
+        head_fits, said = _replace_head(config, weights, old_labels, Vocabulary.from_tokenizer(tokenizer))
+        notes.append(said)
+    _set_vocabulary(hf.config, tokenizer, len(labels))
     notes += weights.notes()
     feature_extractor, said = _read_feature_extractor(folder, hf_config)
     return _assemble(config, hf, feature_extractor, tokenizer, notes + said, head_fits)
@@ -403,11 +417,27 @@ def _choose_vocabulary(
     if choice not in ("auto", "train"):
         labels = _read_vocabulary(Path(choice).expanduser())
         return labels, [f"vocabulary: {len(labels)} tokens of {choice}"]
-    case = "lower" if config.case == "auto" else resolve_case(config.case, {})
-    normalizer = TextNormalizer(characters_to_ignore=config.characters_to_ignore, case=case)
-    labels = build_vocabulary(normalizer(text) for text in training_texts())
+    normalizer = text_rules(config)
+    # Where each set has its language, only the set knows the rules, and the texts come as they are to be.
+    are_raw = len(config.languages) < 2
+    counts = count_characters(normalizer(text) if are_raw else text for text in training_texts())
+    labels = build_vocabulary(counts, config.vocabulary_min_count)
     because = ", for the checkpoint has no tokenizer" if choice == "auto" and config.model_name_or_path else ""
-    return labels, [f"vocabulary: {len(labels)} tokens built from the training text{because}"]
+    notes = [f"vocabulary: {len(labels)} tokens built from the training text{because}"]
+    rare = sorted((count, character) for character, count in counts.items() if count < config.vocabulary_min_count)
+    if rare := [f"{visible(character)} {count}" for count, character in rare if character not in " |"]:
+        notes.append(
+            f"unknown: {_some_of(rare, RARE_SHOWN)}, seen fewer than {config.vocabulary_min_count} times: learned as "
+            "<unk>, written as <unk>, counted as errors"
+        )
+    return labels, notes
+
+
+def text_rules(config: "TrainConfig") -> TextNormalizer:
+    """The rules for texts that a vocabulary is built from, before there is one."""
+    case = "lower" if config.case == "auto" else resolve_case(config.case, {})
+    language = find_language(config.languages[0]) if len(config.languages) == 1 else None
+    return TextNormalizer(config.characters_to_ignore, case, language=language)
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
@@ -510,10 +540,11 @@ class _Weights:
     model: PreTrainedModel
     missing: set[str]
     unexpected: set[str]
+    misshapen: set[str]
 
     @property
     def has_head(self) -> bool:
-        return "lm_head.weight" not in self.missing
+        return "lm_head.weight" not in self.missing | self.misshapen
 
     def notes(self) -> list[str]:
         notes = []
@@ -577,9 +608,9 @@ def _read_weights(
             )
     except UNREADABLE as error:
         raise UsageError(f"{folder / weights} cannot be read as weights: {_one_line(error)}") from error
-    misshapen = {key for key, *_ in info["mismatched_keys"] if not key.startswith("lm_head.")}
-    if misshapen:
-        raise UsageError(f"{folder}: weights and config.json disagree on the shape of {_some(misshapen)}")
+    misshapen = {key for key, *_ in info["mismatched_keys"]}
+    if wrong := {key for key in misshapen if not key.startswith("lm_head.")}:
+        raise UsageError(f"{folder}: weights and config.json disagree on the shape of {_some(wrong)}")
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     lacking = {key for key in missing if not purpose.missing.match(key)}
     if adapters_are_new or "lm_head.weight" in missing:
@@ -589,15 +620,48 @@ def _read_weights(
         parts = [f"missing: {_some(lacking)}"] if lacking else []
         parts += [f"unexpected: {_some(foreign)}"] if foreign else []
         raise UsageError(f"{folder / weights} does not hold a {hf_config.model_type} model; " + "; ".join(parts))
-    return _Weights(hf, missing, unexpected)
+    return _Weights(hf, missing, unexpected, misshapen)
 
 
-def _load_language(hf: PreTrainedModel, folder: Path, language: str, with_head: bool) -> int:
-    """Put the adapters of a language in place, and its head where the vocabulary is its own.
+def _replace_head(
+    config: "TrainConfig", weights: _Weights, old_labels: Vocabulary | None, labels: Vocabulary
+) -> tuple[bool, str]:
+    """Give a model read from files a head for `labels`: grown from its own where that can be read, else drawn.
 
     Returns:
-        The outputs of the language's head.
+        Whether the head has been trained for these labels, and what is to be said.
+
+    Raises:
+        UsageError: --head grow, and there is no trained head with a tokenizer to grow from.
     """
+    hf = weights.model
+    old = hf.lm_head
+    hf.lm_head = nn.utils.skip_init(nn.Linear, old.in_features, len(labels))
+    # All of it is drawn, so that a row without a source is that of a new head.
+    _draw_head(hf.lm_head, hf.config, config.seed)
+    is_readable = old_labels is not None and max(old_labels.token_ids.values()) < old.out_features
+    if weights.has_head and is_readable and config.head != "new":
+        growth = plan_growth(old_labels, labels, nearest_letters())
+        take_rows(hf.lm_head, old, growth.sources)
+        return growth.is_same and old.out_features == len(labels), growth.describe()
+    why = f"the checkpoint's {old.out_features} belong to another vocabulary" if weights.has_head else "there was none"
+    if config.head == "grow":
+        lacks = "a tokenizer that names its outputs" if weights.has_head else "a trained head"
+        raise UsageError(
+            f"--head grow: {config.model_name_or_path} has no head to grow from, it lacks {lacks}; use auto"
+        )
+    if weights.has_head and config.head == "new":
+        why = f"--head new leaves the checkpoint's {old.out_features} out"
+    return False, f"head: new, {len(labels)} outputs; {why}"
+
+
+def _load_language(weights: _Weights, folder: Path, language: str) -> tuple[_Weights, int]:
+    """Put the adapters of a language and its head in place.
+
+    Returns:
+        The weights, which have a head now, and its outputs.
+    """
+    hf = weights.model
     if hf.config.to_dict().get("adapter_attn_dim") is None:
         raise UsageError(f"--target_lang {language}: {folder} has no attention adapters; leave the flag out")
     names = [name.format(language) for name in adapters.LANGUAGE_FILES]
@@ -608,12 +672,14 @@ def _load_language(hf: PreTrainedModel, folder: Path, language: str, with_head: 
         )
     try:
         is_safe = found.suffix == ".safetensors"
-        weights = load_file(found) if is_safe else torch.load(found, map_location="cpu", weights_only=True)
-        outputs = len(weights["lm_head.weight"])
+        read = load_file(found) if is_safe else torch.load(found, map_location="cpu", weights_only=True)
+        outputs = len(read["lm_head.weight"])
     except UNREADABLE as error:
         raise UsageError(f"{found} cannot be read as the weights of adapters: {_one_line(error)}") from error
-    adapters.load_language(hf, weights, with_head, found)
-    return outputs
+    hf.lm_head = nn.utils.skip_init(nn.Linear, hf.lm_head.in_features, outputs)
+    adapters.load_language(hf, read, found)
+    head = {"lm_head.weight", "lm_head.bias"}
+    return replace(weights, missing=weights.missing - head, misshapen=weights.misshapen - head), outputs
 
 
 def _lacks_adapters(folder: Path, weights: _Weights) -> str | None:
@@ -843,7 +909,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
-    names = sorted(names)
+    return _some_of(sorted(names), limit)
+
+
+def _some_of(names: list[str], limit: int) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 

@@ -229,7 +229,13 @@ def show_evaluation(one: Evaluated) -> list[tuple[str, str, Markup]]:
             ("characters", "Characters taken for others", results_page.confusions(counted.characters, "character")),
             ("durations", "Errors by duration", results_page.durations(counted)),
         ]
-    parts.append(("letters", "Letters found", results_page.letters(results.get("letters", {}))))
+    parts.append(
+        (
+            "letters",
+            "Letters found",
+            results_page.letters(results.get("letters", {}), results.get("rare_in_training") or {}),
+        )
+    )
     return [(f"{identity}-{one.number}", title, content) for identity, title, content in parts if content is not None]
 
 

@@ -26,17 +26,13 @@ from audio import SAMPLE_RATE_HZ
 from corpora import DROP_COLUMNS
 from data import ShardDataset
 from errors import UsageError
-from metrics import LetterCounts
+from letters import LETTERS_SHOWN, letter_lines
 from processes import RankStatus
 from progress import print_table, say
 from result_layout import COUNT_COLUMNS, DROPS_FILE, RESULTS_FILE, TEXT_COLUMNS, UTTERANCES_FILE
 from scoring import Evaluation, describe_limits
 from slices import OWN_COLUMNS, corpus_name
 
-# A recall from fewer occurrences is a matter of chance.
-MIN_OCCURRENCES = 20
-LETTERS_SHOWN = 6
-RARE_LETTERS_SHOWN = 30
 # Texts that travel from rank to rank at a time.
 TEXTS_PER_GATHER = 10_000
 
@@ -163,21 +159,13 @@ def write_drops(path: Path, split: str, dropped: list[tuple[str, str]]) -> None:
         write_table(path, DROP_COLUMNS, ((split, name, "unknown_letters", letters) for name, letters in dropped))
 
 
-def describe_letters(letters: LetterCounts) -> dict[str, dict[str, float]]:
-    """Occurrences and recall of each letter of the references, the most frequent first."""
-    return {
-        letter: {"occurrences": count, "recall": letters.recall(letter)}
-        for letter, count in letters.occurrences.most_common()
-    }
-
-
 def print_results(results: dict[str, object]) -> None:
     """One screen on stdout: the figures, what they cover, the slices, the letters."""
     say("\n".join(_summary(results)), sys.stdout)
     if results["slices"]:
         print_table(_slice_table(results["slices"]))
         say(_worst(results), sys.stdout)
-    say("\n".join(_letters(results["letters"])), sys.stdout)
+    say("\n".join(letter_lines(results["letters"], results["rare_in_training"], RESULTS_FILE)), sys.stdout)
 
 
 def _summary(results: dict[str, object]) -> list[str]:
@@ -241,22 +229,3 @@ def _worst(results: dict[str, object]) -> str:
         return f"{named}; that it is the worst may be chance"
     voices = "" if worst["unit"] == "speakers" else " for these voices"
     return f"{named}, above the whole beyond chance{voices}"
-
-
-def _letters(letters: dict[str, dict[str, float]]) -> list[str]:
-    """The letters that are found least, and those too rare to tell."""
-    common = {letter: facts for letter, facts in letters.items() if facts["occurrences"] >= MIN_OCCURRENCES}
-    rare = [letter for letter in letters if letter not in common]
-    worst = sorted(common, key=lambda letter: common[letter]["recall"])[:LETTERS_SHOWN]
-    shown = ", ".join(
-        f"{letter} {common[letter]['recall']:.1%} of {common[letter]['occurrences']:,}" for letter in worst
-    )
-    lines = [f"letters found least: {shown}"] if shown else []
-    if rare:
-        some = rare[:RARE_LETTERS_SHOWN]
-        named = ", ".join(
-            f"{letter} {letters[letter]['recall']:.0%} of {letters[letter]['occurrences']}" for letter in some
-        )
-        more = f" and {len(rare) - len(some)} more in {RESULTS_FILE}" if len(rare) > len(some) else ""
-        lines.append(f"rare letters (fewer than {MIN_OCCURRENCES}): {named}{more}")
-    return lines

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from alignment import Confusions
 from charts import interval_bar, percent, with_limits
+from letters import MIN_OCCURRENCES, name_found
 from listing import UtteranceTable
 from markup import Markup, element, join
 from page import RateRow, facts, rate_table, slice_rows, table, tiles
 from progress import format_seconds
 from readback import Row
 from result_layout import MIN_UTTERANCES
+from text import visible
 
 CONFUSIONS_SHOWN = 20
-# A recall from fewer occurrences is a matter of chance; as on evaluate.py's screen.
-MIN_OCCURRENCES = 20
 LETTERS_SHOWN = 20
 
 
@@ -135,7 +135,7 @@ def confusions(found: Confusions, unit: str) -> Markup:
     return element("div", parts, class_="columns")
 
 
-def letters(found: Row) -> Markup | None:
+def letters(found: Row, rare_in_training: Row) -> Markup | None:
     """The letters of the references that are found least; None without any that is frequent enough."""
     common = [(letter, one) for letter, one in found.items() if one["occurrences"] >= MIN_OCCURRENCES]
     worst = sorted(common, key=lambda item: item[1]["recall"])[:LETTERS_SHOWN]
@@ -143,13 +143,24 @@ def letters(found: Row) -> Markup | None:
         return None
     rows = [
         [_unit(letter), (one["recall"], join(interval_bar(one["recall"], None, None, 1.0), percent(one["recall"]))),
-         _count(one["occurrences"])]
+         _count(one["occurrences"]), _mistaken(one)]
         for letter, one in worst
     ]  # fmt: skip
     rare = len(found) - len(common)
     said = f"Share of each letter's occurrences that are found at their place, the least first; {rare} letters with "
     said += f"fewer than {MIN_OCCURRENCES} occurrences are left out."
-    return join(element("p", said, class_="quiet"), table(("letter", "found", "occurrences"), rows, (1, 2), "bars"))
+    if rare_in_training:
+        named = ", ".join(f"{visible(letter)} {count}" for letter, count in rare_in_training.items())
+        said += f" Seen fewer than {MIN_OCCURRENCES} times in the training text: {named}."
+    headings = ("letter", "found", "occurrences", "instead, mostly")
+    return join(element("p", said, class_="quiet"), table(headings, rows, (1, 2), "bars"))
+
+
+def _mistaken(one: Row) -> str:
+    """What most often stands in a letter's place; older results do not say."""
+    if one.get("taken_for") is None:
+        return ""
+    return f"{name_found(one['taken_for'])}, {one.get('times') or 0:,} times"
 
 
 def _unit(text: str) -> Markup:

@@ -2,9 +2,8 @@
 
 import csv
 import functools
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from assembly import Assembly
 from best_model import EMA, TRAINED, figures_of
 from data import ShardDataset
 from joined import CORPUS
+from letters import describe_letters
 from levers import METRICS
 from model import num_frames
 from pretrained import save_model
@@ -25,7 +25,7 @@ from progress import Progress
 from scoring import Evaluation, describe_limits
 from selection import draw_subset
 from slices import Breakdown, Slice, describe_slice
-from text import RULES_FILE
+from text import write_rules
 from training_run import TrainingRun
 
 SAMPLES_SHOWN = 3
@@ -50,6 +50,7 @@ class Run(TrainingRun, Assembly):
             "case": self.normalizer.case,
             "characters_to_ignore": self.normalizer.characters_to_ignore,
             "target_lang": self.config.target_lang,
+            "language": [own.facts() for own in self.normalizer.languages],
             **({} if augmenter is None else {"the noises and rooms": augmenter.fingerprint}),
             **{name: getattr(self.config, name) for name in levers.IDENTITY},
         }
@@ -70,6 +71,7 @@ class Run(TrainingRun, Assembly):
 
     def _describe_model(self) -> list[str]:
         text = f"text        case {self.normalizer.case}, vocabulary of {len(self.vocabulary)}"
+        text += f", rules of {', '.join(self.config.languages)}" if self.config.languages else ""
         return [text, *self._describe_weights()]
 
     def _levers(self) -> str:
@@ -158,9 +160,16 @@ class Run(TrainingRun, Assembly):
             self.state.eval_wer_before = figures[TRAINED]["eval_wer"]
             return
         self.best.take(chosen, figures[chosen])
+        if self.state.best_step == self.state.step:
+            self.state.best_eval_letters = describe_letters(evaluations[chosen].letters)
         because = self.best.judge_patience(figures[chosen], is_normal)
         if because and self.is_main:
             progress.print(f"stopping early at step {self.state.step} of {self.total_steps}: {because}")
+
+    def _dev_texts(self, rows: np.ndarray) -> Iterator[str]:
+        for row in rows:
+            utterance = self.eval_set[int(row)]
+            yield self.normalizer.for_set(utterance.corpus)(utterance.text)
 
     def _diagnose(self, values: dict[str, object]) -> list[str]:
         """Put the state of the run into the row of an evaluation; returns what is to be said."""
@@ -168,7 +177,7 @@ class Run(TrainingRun, Assembly):
         if self.state.deaf_loss is None:
             rows = draw_subset(self.eval_rows, diagnosis.MAX_DEAF_UTTERANCES, config.seed)
             self.state.deaf_loss = diagnosis.deaf_loss(
-                [self.vocabulary.encode(self.normalizer(self.eval_set[int(row)].text)) for row in rows],
+                [self.vocabulary.encode(text) for text in self._dev_texts(rows)],
                 num_frames(self.eval_set.num_samples[rows], self.hf_config.conv_kernel, self.hf_config.conv_stride),
                 len(self.vocabulary),
                 self.vocabulary.blank_id,
@@ -205,6 +214,5 @@ class Run(TrainingRun, Assembly):
     def save_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         """Weights, processor, text rules and card."""
         save_model(self.loaded, folder, weights)
-        rules = {"characters_to_ignore": self.normalizer.characters_to_ignore, "case": self.normalizer.case}
-        (folder / RULES_FILE).write_text(json.dumps(rules, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_rules(folder, self.normalizer)
         card.write_card(folder, self, self.best.figures_of_model(self.training_results()))

@@ -12,20 +12,21 @@ from typing import Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from audio import SAMPLE_RATE_HZ
 from data import Batch, Collator, CutSettings, PaddedBatch, ShardDataset, evaluation_loader
 from errors import RunFailed
 from intervals import Interval
 from memory import MemoryLimit
-from metrics import Score, TextScore, score_batch, score_inputs
+from metrics import LetterCounts, Score, TextScore, score_batch, score_inputs
 from processes import RankStatus
 from progress import Progress
 from recovery import Cuts
 from result_layout import COUNT_COLUMNS
 from slices import error_intervals
 from stopping import StopSignals
-from text import Vocabulary, required_frames
+from text import TextNormalizer, Vocabulary, required_frames
 
 OTHER_IS_OUT_OF_MEMORY = "another process of the run is out of memory; its own message says where"
 
@@ -36,6 +37,7 @@ class Scorer(Protocol):
     accelerator: Accelerator
     model: torch.nn.Module
     vocabulary: Vocabulary
+    normalizer: TextNormalizer
     collate: Collator
     eval_cut: CutSettings
     eval_cuts: Cuts
@@ -56,11 +58,13 @@ class Evaluation:
         score: the sum.
         rows: of the dataset, ascending, [N].
         counts: the columns of COUNT_COLUMNS for each row, int64 [N, 8].
+        letters: of all rows.
     """
 
     score: Score
     rows: np.ndarray
     counts: np.ndarray
+    letters: LetterCounts
 
 
 @torch.no_grad()
@@ -85,16 +89,24 @@ def evaluate(
         Stopped: a rank was asked to.
     """
     score, counts = Score(), np.zeros((len(rows), len(COUNT_COLUMNS)), np.int64)
+    letters = LetterCounts(scorer.normalizer.digraphs)
 
     def take(batch: Batch) -> None:
         nonlocal score
         of_batch, texts = score_in_cuts(scorer, batch)
         score += of_batch
         counts[np.searchsorted(rows, batch.rows)] = [text.counts for text in texts]
+        for reference, text in zip(batch.texts, texts, strict=True):
+            letters.add(reference, text.hypothesis)
         see(batch, texts)
 
     pass_over(scorer, dataset, rows, description, take)
-    return Evaluation(_sum_scores(scorer.accelerator, score), rows, sum_counts(scorer.accelerator, counts))
+    return Evaluation(
+        _sum_scores(scorer.accelerator, score),
+        rows,
+        sum_counts(scorer.accelerator, counts),
+        sum(gather_object([letters]), LetterCounts()),
+    )
 
 
 def pass_over(

@@ -97,6 +97,10 @@ _SLICE = {
     "slice": str, "group": str, "utterances": int, "wer": NUMBER, "wer_low": OrNone(NUMBER),
     "wer_high": OrNone(NUMBER), "cer": OrNone(NUMBER), "is_small": bool,
 }  # fmt: skip
+_LETTER = Known(
+    {"occurrences": int, "recall": NUMBER, "written": int, "taken_for": str, "times": int, "in_training": int},
+    needed=("occurrences", "recall"),
+)
 _RATES = ("wer", "cer", "sentence_error_rate")
 
 RESULTS = Known(
@@ -112,7 +116,8 @@ RESULTS = Known(
         "slices": [_SLICE],
         "worst_slice": _SLICE | {"is_beyond_chance": bool},
         "processes": Known({"mixed_precision": str}),
-        "letters": EachOf({"occurrences": int, "recall": NUMBER}),
+        "letters": EachOf(_LETTER),
+        "rare_in_training": EachOf(int),
     },
     needed=("wer",),
 )

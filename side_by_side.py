@@ -37,13 +37,11 @@ class Outcome:
 
     Attributes:
         evaluation: scores and counts, the same on every rank.
-        letters: of all ranks.
         texts: on the first rank.
         facts: for results.json, beside the figures that every reading has.
     """
 
     evaluation: Evaluation
-    letters: LetterCounts
     texts: TextSpool
     facts: dict[str, object]
 
@@ -52,7 +50,7 @@ class GreedyTexts:
     """The greedy texts; a context manager."""
 
     def __init__(self, scorer: ModelScorer) -> None:
-        self._scorer, self._letters, self._texts = scorer, LetterCounts(), TextSpool()
+        self._scorer, self._texts = scorer, TextSpool()
 
     def __enter__(self) -> "GreedyTexts":
         self._texts.__enter__()
@@ -65,13 +63,11 @@ class GreedyTexts:
         """Keep the texts of a batch."""
         for row, reference, text in zip(batch.rows.tolist(), batch.texts, texts, strict=True):
             self._texts.add(row, reference, text.hypothesis)
-            self._letters.add(reference, text.hypothesis)
 
     def finish(self, evaluation: Evaluation) -> Outcome:
         """Bring the ranks together."""
         self._texts.collect(self._scorer.accelerator, self._scorer.status)
-        letters = sum(gather_object([self._letters]), LetterCounts())
-        return Outcome(evaluation, letters, self._texts, {})
+        return Outcome(evaluation, self._texts, {})
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,8 @@ class BeamTexts:
         self._pool: DecodingPool[Item] = DecodingPool(scorer.vocabulary, model, settings, num_workers)
         self._words = frozenset(word for word in model.words() if can_spell(word, scorer.vocabulary))
         self._counts = np.zeros((len(rows), len(COUNT_COLUMNS)), np.int64)
-        self._score, self._letters, self._classes = Score(), LetterCounts(), ErrorClasses()
+        self._score, self._classes = Score(), ErrorClasses()
+        self._letters = LetterCounts(scorer.normalizer.digraphs)
         self._seconds, self._unlisted_words = 0.0, 0
         self._texts = TextSpool()
         self._stack = contextlib.ExitStack()
@@ -182,8 +179,9 @@ class BeamTexts:
             "beam_processes": self.num_workers * accelerator.num_processes,
             "error_classes": sum(classes, ErrorClasses()).facts(),
         }
-        evaluation = Evaluation(score, greedy.rows, sum_counts(accelerator, self._counts))
-        return Outcome(evaluation, sum(letters, LetterCounts()), self._texts, facts)
+        counts = sum_counts(accelerator, self._counts)
+        evaluation = Evaluation(score, greedy.rows, counts, sum(letters, LetterCounts()))
+        return Outcome(evaluation, self._texts, facts)
 
     def _describe_model(self) -> dict[str, object]:
         model, tuned = self.model, self.model.tuning()

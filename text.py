@@ -9,14 +9,15 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from errors import UsageError
+from languages import APOSTROPHES, Language, find_language
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2CTCTokenizer
@@ -31,7 +32,7 @@ LARGE_960H_VOCABULARY = {
 PAD_TOKENS = ("<pad>", "[PAD]")
 UNKNOWN_TOKENS = ("<unk>", "[UNK]")
 WORD_DELIMITER = "|"
-# In a model folder: case and characters to ignore of its training.
+# In a model folder: case, characters to ignore and languages of its training.
 RULES_FILE = "text_rules.json"
 # The list is that of a published English run, whose recipe is configs/english_large.yaml.
 DEFAULT_RULES = {"characters_to_ignore": ',?.!-;:"', "case": "auto"}
@@ -60,8 +61,8 @@ class TextNormalizer:
     """A transcript as found -> the text that is learned and scored: NFC, one case, single spaces.
 
     Apostrophe variants become "'", invisible characters go, and so does each of `characters_to_ignore`; a combining
-    mark among them is also taken off composed letters. Case mapping is Unicode's, without a language's own rules
-    (Turkish dotless i). Normalising twice changes nothing.
+    mark among them is also taken off composed letters. Case mapping is Unicode's. A language has its own rules for
+    apostrophes, case (Turkish dotless i) and spellings. Normalising twice changes nothing.
     """
 
     characters_to_ignore: str = ""
@@ -69,20 +70,42 @@ class TextNormalizer:
     letters: frozenset[str] = frozenset()
     """Characters of the vocabulary, never taken for an apostrophe variant or for invisible (U+02BC in Breton, the
     zero-width non-joiner in Persian). `characters_to_ignore` goes before it."""
+    language: Language | None = None
+    """Whose rules to follow; its apostrophe is written as the vocabulary has it, where that has another one."""
+    of_sets: tuple[tuple[str, Language], ...] = ()
+    """Languages of prepared sets by their names, where each has its own; see `for_set`."""
 
     @classmethod
-    def for_vocabulary(cls, vocabulary: "Vocabulary", characters_to_ignore: str, case: str) -> "TextNormalizer":
+    def for_vocabulary(
+        cls,
+        vocabulary: "Vocabulary",
+        characters_to_ignore: str,
+        case: str,
+        language: Language | None = None,
+        of_sets: tuple[tuple[str, Language], ...] = (),
+    ) -> "TextNormalizer":
         """The normalizer whose texts fit `vocabulary`; `case` may be "auto".
 
         Raises:
-            UsageError: the checkpoint's tokenizer writes lower case only and another case is asked for.
+            UsageError: the checkpoint's tokenizer writes lower case only, and another case or a language with a case
+                mapping of its own is asked for.
         """
         if vocabulary.lowercases:
             if case not in ("auto", "lower"):
                 raise UsageError(f"--case {case}: this checkpoint's tokenizer writes lower case; use --case auto")
+            for own in (language, *(of_set for _, of_set in of_sets)):
+                if own is not None and own.upper:
+                    raise UsageError(
+                        f"--language {own.code}: this checkpoint's tokenizer changes case without the language's "
+                        "rules; use --vocabulary train"
+                    )
             case = "lower"
         letters = frozenset(token for token in vocabulary.token_ids if len(token) == 1)
-        return cls(characters_to_ignore, resolve_case(case, vocabulary.token_ids), letters)
+        return cls(characters_to_ignore, resolve_case(case, vocabulary.token_ids), letters, language, of_sets)
+
+    def for_set(self, name: str) -> "TextNormalizer":
+        """The rules for the texts of one of several prepared sets, by its name; "" where there is one set."""
+        return self._for_sets.get(name, self)
 
     def __call__(self, text: str) -> str:
         """Normalise one transcript."""
@@ -98,15 +121,31 @@ class TextNormalizer:
             return [self(text) for text in texts]  # none, or one of several lines
         return [" ".join(text.split()) for text in self._map(block).split("\n")]
 
+    @property
+    def digraphs(self) -> tuple[str, ...]:
+        """Letters of several characters, for tables of letters; with several languages those of all."""
+        return tuple(dict.fromkeys(digraph for own in self.languages for digraph in own.digraphs))
+
+    @property
+    def languages(self) -> list[Language]:
+        """All whose rules are followed."""
+        return list(dict.fromkeys(filter(None, (self.language, *(own for _, own in self.of_sets)))))
+
     def _map(self, text: str) -> str:
         """All but the spaces."""
         text = composed(text)
         if self.case != "keep":
+            text = _replace_all(text, self._cased)
             text = text.upper() if self.case == "upper" else text.lower()
         if self._ignores_marks:
             text = self._replace(unicodedata.normalize("NFD", text))
         # Again, since a change of case or a removed joiner can leave a letter and its mark side by side.
-        return composed(self._replace(text))
+        text = composed(self._replace(text))
+        if self.language is None:
+            return text
+        if self._apostrophe and not self.language.apostrophe_at_edges:
+            text = re.sub(f"(?<!\\S){self._apostrophe}+|{self._apostrophe}+(?!\\S)", "", text)
+        return composed(_replace_all(text, self._spellings))
 
     def _replace(self, text: str) -> str:
         # A search for what is to change is three times as fast as str.translate outside ASCII.
@@ -116,23 +155,70 @@ class TextNormalizer:
         return self._table[match[0]]
 
     @cached_property
+    def _for_sets(self) -> dict[str, "TextNormalizer"]:
+        return {name: replace(self, language=own, of_sets=()) for name, own in self.of_sets}
+
+    @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile(f"[{re.escape(''.join(self._table))}]")
 
     @cached_property
     def _table(self) -> dict[str, str]:
         """What each character that does not stay becomes."""
-        ignored = set(self.characters_to_ignore)
+        ignored = set(self.characters_to_ignore + (self.language.ignore if self.language else ""))
         if self.case != "keep":
             ignored |= {character.upper() if self.case == "upper" else character.lower() for character in ignored}
-        apostrophe = "" if "'" in ignored else "'"
-        table = {character: apostrophe for character in APOSTROPHE_VARIANTS if character not in self.letters}
+        if self._apostrophe is None:
+            apostrophe = "" if "'" in ignored else "'"
+            table = {character: apostrophe for character in APOSTROPHE_VARIANTS if character not in self.letters}
+        else:
+            apostrophe = "" if self._apostrophe in ignored else self._apostrophe
+            table = {character: apostrophe for character in APOSTROPHES if character != apostrophe}
         table |= {character: "" for character in INVISIBLE_CHARACTERS if character not in self.letters}
         return table | {character: "" for character in ignored if len(character) == 1}
 
     @cached_property
+    def _apostrophe(self) -> str | None:
+        """How apostrophes are written by the language's rules; None without any."""
+        own = None if self.language is None else self.language.apostrophe
+        if not own or own in self.letters:
+            return own
+        return next((character for character in APOSTROPHES if character in self.letters), own)
+
+    @cached_property
+    def _cased(self) -> dict[str, str]:
+        """Letters whose case the language changes otherwise than Unicode."""
+        if self.language is None:
+            return {}
+        return dict(self.language.upper if self.case == "upper" else self.language.lower)
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        """The language's spellings that mean the same, as they are written here."""
+        own = {} if self.language is None else dict(self.language.replace)
+        if self._apostrophe is not None and self.language.apostrophe:
+            own = {key.replace(self.language.apostrophe, self._apostrophe): value for key, value in own.items()}
+        cased = {"upper": (str.upper,), "lower": (str.lower,), "keep": (str.upper, str.title, str)}[self.case]
+        return {change(key): change(value) for change in cased for key, value in own.items()}
+
+    @cached_property
     def _ignores_marks(self) -> bool:
         return any(unicodedata.combining(character) for character in self.characters_to_ignore)
+
+
+def _replace_all(text: str, table: Mapping[str, str]) -> str:
+    """Each key that stands in the text by its value; the longest one where several begin at a place."""
+    if not any(key in text for key in table):
+        return text
+    longest_first = sorted(table, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: table[match[0]], text)
+
+
+def visible(token: str) -> str:
+    """The token itself, or its code point where nobody would see it or it would join its neighbour."""
+    if len(token) != 1 or (token.isprintable() and not unicodedata.combining(token) and not token.isspace()):
+        return token
+    return f"U+{ord(token):04X}"
 
 
 def composed(text: str) -> str:
@@ -152,46 +238,79 @@ def resolve_case(case: str, vocabulary: Mapping[str, int]) -> Case:
     return "upper" if has_upper else "lower"
 
 
-def read_rules(folder: Path | None, **given: str | None) -> dict[str, str]:
-    """Case and characters to ignore: those given, else those of the model's training, else train.py's defaults.
+def write_rules(folder: Path, normalizer: TextNormalizer) -> None:
+    """Write the rules of a training into its model folder, for `read_rules`."""
+    rules = {"characters_to_ignore": normalizer.characters_to_ignore, "case": normalizer.case}
+    rules |= {"languages": [own.facts() for own in normalizer.languages]}
+    (folder / RULES_FILE).write_text(json.dumps(rules, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def read_rules(folder: Path | None, language: str | None = None, **given: str | None) -> dict[str, Any]:
+    """The arguments of `TextNormalizer.for_vocabulary`: what is given, else that of the model's training, else
+    train.py's defaults.
 
     Args:
         folder: of the model; None for no model.
+        language: by its code. A model that was trained in several needs it.
         given: `case`, `characters_to_ignore`; None where the user says nothing.
 
     Raises:
-        UsageError: the model's text_rules.json is damaged.
+        UsageError: the model's text_rules.json is damaged; the language is not known, or not said where it must be.
     """
-    rules = dict(DEFAULT_RULES)
+    rules, languages = dict(DEFAULT_RULES), []
     path = None if folder is None else folder / RULES_FILE
     if path is not None and path.is_file():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
             rules = {name: str(saved[name]) for name in rules}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            languages = [Language.from_facts(one, path) for one in saved.get("languages", [])]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is damaged ({error!r}): give --case and --characters_to_ignore") from error
-    return rules | {name: value for name, value in given.items() if value is not None}
+    rules |= {name: value for name, value in given.items() if value is not None}
+    of_model = {one.code: one for one in languages}
+    if language is not None:
+        return rules | {"language": of_model[language] if language in of_model else find_language(language)}
+    if len(of_model) > 1:
+        raise UsageError(f"{folder} was trained in {', '.join(of_model)}: say with --language which of them this is")
+    return rules | {"language": next(iter(of_model.values()), None)}
 
 
-def build_vocabulary(texts: Iterable[str], minimum_count: int = 1) -> dict[str, int]:
+def describe_rules(rules: Mapping[str, Any]) -> dict[str, str]:
+    """What `read_rules` gives, as JSON values: a language by its code, and no word of it where there is none."""
+    own = rules["language"]
+    others = {name: value for name, value in rules.items() if name != "language"}
+    return others if own is None else others | {"language": own.code}
+
+
+def count_characters(texts: Iterable[str]) -> Counter[str]:
+    """How often each character stands in normalised texts."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    return counts
+
+
+def build_vocabulary(texts: Iterable[str] | Counter[str], minimum_count: int = 1) -> dict[str, int]:
     """Tokens and ids for normalised training texts: `<pad>` 0, `<unk>` 1, `|` 2, then characters by code point.
 
     No `<s>` and `</s>`: CTC never emits them, and the head would carry two dead outputs. Characters seen less than
     `minimum_count` times stay unknown, and so does a literal "|", which would end words.
 
+    Args:
+        texts: or their characters, counted.
+        minimum_count: of a character that gets an output.
+
     Raises:
         UsageError: no character is left to learn.
     """
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
+    counts = texts if isinstance(texts, Counter) else count_characters(texts)
     characters = sorted(
         character for character, count in counts.items() if count >= minimum_count and character not in " |"
     )
     if not characters:
         raise UsageError(
-            f"the training texts hold no character at least {minimum_count} times: check the text column and "
-            "--characters_to_ignore"
+            f"the training texts hold no character at least {minimum_count} times: check the text column, "
+            "--characters_to_ignore and --vocabulary_min_count"
         )
     return {token: index for index, token in enumerate([PAD_TOKENS[0], UNKNOWN_TOKENS[0], WORD_DELIMITER, *characters])}
 

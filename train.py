@@ -30,11 +30,13 @@ from accelerate import Accelerator
 import card
 from audio import SAMPLE_RATE_HZ
 from best_model import EMA, TRAINED
+from cache import FactCache
 from clock import describe_cost
 from config import PrepareConfig, RunSettings, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
 from hosts import check_hosts_agree, check_shared_folder
 from joined import CORPUS
+from letters import describe_letters, find_rare, letter_lines
 from processes import RankStatus, naming_lost_processes, start_processes
 from progress import Progress, format_seconds
 from recovery import failing_by_name
@@ -45,6 +47,7 @@ from sharding import whole
 from slices import describe_slice
 from stopping import end_loaders
 from training_run import TrainingRun, choose_beginning
+from transcripts import measure_letters
 
 collector.wake()
 
@@ -302,7 +305,8 @@ def evaluate_test(run: Run) -> dict[str, object]:
     for one in slices:
         if one.name == "speaker_in_train" and one.group in VOICES:
             results[f"test_wer_{VOICES[one.group]}_speakers"] = one.wer.rate
-    return results | {"test_slices": list(map(describe_slice, slices))}
+    letters = describe_letters(evaluation.letters)
+    return results | {"test_slices": list(map(describe_slice, slices)), "test_letters": letters}
 
 
 def evaluate_all_of_dev(run: Run) -> dict[str, object]:
@@ -338,10 +342,17 @@ def finish(run: Run) -> None:
         results |= evaluate_test(run)
         results |= {f"{name}_before": value for name, value in (run.state.test_before or {}).items()}
     if run.is_main:
-        results = run.eval_of_sets() | results | run.cost()
+        results = run.eval_of_sets() | results | run.cost() | describe_alphabet(run)
         card.write_card(run.folder / "model", run, run.best.figures_of_model(results))
         run.write_results(results)
         print("\n".join(summary(run, results)), flush=True)
+
+
+def describe_alphabet(run: Run) -> dict[str, object]:
+    """The letters of the best dev evaluation, and those that the training text hardly has."""
+    cache = FactCache(run.config.data_dirs[0])
+    in_training = measure_letters(run.train_set, run.normalizer, cache)
+    return {"best_eval_letters": run.state.best_eval_letters, "rare_in_training": find_rare(in_training)}
 
 
 def summary(run: Run, results: dict[str, float]) -> list[str]:
@@ -366,6 +377,8 @@ def summary(run: Run, results: dict[str, float]) -> list[str]:
             behind = f"   (before training {before:.2%})" if before is not None else ""
             lines.append(f"  {meaning:<32} {results[name]:7.2%}{describe_limits(results, name)}{behind}")
             lines += summary_of_sets(run, results.get(OF_SETS.get(name), []))
+    found = results.get("test_letters") or results["best_eval_letters"]
+    lines += [f"  {line}" for line in letter_lines(found, results["rare_in_training"], "train_results.json")]
     lines.append(f"  {describe_cost(results)}")
     folder = run.folder
     clip = run.config.data_dirs[0] / "demo_corpus" / run.test_set[0].id if is_demo and run.test_set else "CLIP.wav"

@@ -84,6 +84,8 @@ class RunState:
     best_eval_limits: list[float] = field(default_factory=list)
     """Of that WER, with 95 % confidence; empty where they cannot be known."""
     best_eval_cer: float | None = None
+    best_eval_letters: dict[str, dict] = field(default_factory=dict)
+    """Of the same evaluation, as `letters.describe_letters` gives them."""
     best_evaluations: list[list[float]] = field(default_factory=list)
     """Step and metric of the --average_best evaluations whose weights lie in average/, the best first."""
     patience: dict[str, float | None] = field(default_factory=dict)

@@ -14,6 +14,9 @@ import numpy as np
 
 from cache import FactCache
 from data import ShardDataset
+from joined import JoinedDataset, members
+from languages import Language
+from metrics import count_letters
 from text import Coverage, TextNormalizer, Vocabulary, measure_coverage, required_frames_many
 
 TEXTS_PER_BLOCK = 10_000
@@ -54,9 +57,25 @@ def measure_texts(
     return TextFacts(arrays["num_labels"], arrays["required_frames"], coverage)
 
 
-def coverage_of(texts: Iterable[str], normalizer: TextNormalizer, vocabulary: Vocabulary) -> Coverage:
-    """Coverage of raw transcripts; a space counts too where the vocabulary cannot write one."""
-    return measure_coverage(_visible(map(normalizer, texts), vocabulary), vocabulary)
+def measure_letters(dataset: ShardDataset, normalizer: TextNormalizer, cache: FactCache) -> dict[str, int]:
+    """How often each letter and digraph stands in the transcripts of a split, or the same from `cache`."""
+    key = (dataset.fingerprint, *_settings(normalizer))
+
+    def count() -> dict[str, np.ndarray]:
+        letters = count_letters(normalised_texts(dataset, normalizer), normalizer.digraphs)
+        return {"letters": np.asarray(json.dumps(letters))}
+
+    return json.loads(str(cache.get("letters", key, count, {"letters": ()})["letters"]))
+
+
+def normalised_texts(dataset: ShardDataset | JoinedDataset, normalizer: TextNormalizer) -> Iterator[str]:
+    """The transcripts of a split by the rules of the set that each is of."""
+    return itertools.chain.from_iterable(texts for _, texts in _normalised_blocks(dataset, normalizer))
+
+
+def coverage_of(texts: Iterable[str], vocabulary: Vocabulary) -> Coverage:
+    """Coverage of normalised transcripts; a space counts too where the vocabulary cannot write one."""
+    return measure_coverage(_visible(texts, vocabulary), vocabulary)
 
 
 def cut_around(text: str, character: str, length: int = EXAMPLE_CHARACTERS) -> str:
@@ -74,8 +93,7 @@ def _measure(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Voca
     num_labels = np.zeros(len(dataset), np.int32)
     needed = np.zeros(len(dataset), np.int32)
     coverage = Coverage()
-    for start, block in _blocks(dataset):
-        texts = normalizer.normalize_many(block)
+    for start, texts in _normalised_blocks(dataset, normalizer):
         labels, counts = vocabulary.encode_many(texts)
         rows = slice(start, start + len(texts))
         num_labels[rows], needed[rows] = counts, required_frames_many(labels, counts)
@@ -108,11 +126,21 @@ def _visible(texts: Iterable[str], vocabulary: Vocabulary) -> Iterable[str]:
 def _settings(rules: TextNormalizer | Vocabulary) -> list[object]:
     """Every field that decides what a text becomes, as JSON values."""
     values = [getattr(rules, field.name) for field in dataclasses.fields(rules)]
+    if isinstance(rules, TextNormalizer):
+        names = [field.name for field in dataclasses.fields(rules) if field.name not in ("language", "of_sets")]
+        languages = [rules.language, *itertools.chain.from_iterable(rules.of_sets)]
+        values = [getattr(rules, name) for name in names]
+        values += [own.facts() if isinstance(own, Language) else own for own in languages]
     return [sorted(value) if isinstance(value, frozenset) else value for value in values]
 
 
-def _blocks(dataset: ShardDataset) -> Iterator[tuple[int, list[str]]]:
-    texts, start = dataset.column("text"), 0
-    while block := list(itertools.islice(texts, TEXTS_PER_BLOCK)):
-        yield start, block
-        start += len(block)
+def _normalised_blocks(
+    dataset: ShardDataset | JoinedDataset, normalizer: TextNormalizer
+) -> Iterator[tuple[int, list[str]]]:
+    """Rows of one set after the other, so many at a time: the first row, and their texts."""
+    names, start = dataset.names if isinstance(dataset, JoinedDataset) else ("",), 0
+    for name, one in zip(names, members(dataset), strict=True):
+        texts, rules = one.column("text"), normalizer.for_set(name)
+        while block := list(itertools.islice(texts, TEXTS_PER_BLOCK)):
+            yield start, rules.normalize_many(block)
+            start += len(block)

@@ -128,6 +128,7 @@ def tune(config: TuneConfig) -> None:
             model_name_or_path=config.model_name_or_path,
             data_dir=config.data_dir,
             split=config.split,
+            language=config.language,
             per_device_eval_batch_size=config.per_device_eval_batch_size,
             seed=config.seed,
         )

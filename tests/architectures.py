@@ -234,6 +234,9 @@ class Settings(Adaptation):
     model_overrides: dict[str, Any] | None = None
     target_lang: str | None = None
     vocabulary: str = "auto"
+    vocabulary_min_count: int = 1
+    head: str = "auto"
+    languages: tuple[str, ...] = ()
     characters_to_ignore: str = ",.?"
     case: str = "auto"
     freeze_feature_encoder: bool = False

@@ -159,6 +159,12 @@ OUT_OF_RANGE = [
     ),
     (["--ema_decay", "1.0"], "--ema_decay is 1.0, it must lie between 0 and 1, such as 0.999"),
     (["--ema_decay", "0"], "--ema_decay is 0.0, it must lie between 0 and 1, such as 0.999"),
+    (["--vocabulary_min_count", "0"], "--vocabulary_min_count is 0, at least 1 is needed"),
+    (
+        ["--vocabulary_min_count", "3", "--vocabulary", "model"],
+        "--vocabulary_min_count belongs to a vocabulary built from the text: give --vocabulary train",
+    ),
+    (["--language", "ha", "yo"], "--language names 2 for 1 folders: give one, or one for each"),
     (["--average_best", "1"], "--average_best is 1, at least 2 are needed for a mean"),
     (
         ["--metric_for_best_model", "eval_wre"],

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,17 @@ import evaluate
 import preflight
 import report
 from cache import FactCache
-from data import ShardDataset
+from config import TrainConfig, parse_arguments
+from coverage import check_coverage
+from data import Collator, ShardDataset
 from errors import UsageError
 from identities import identities
 from joined import JoinedDataset, members, name_sets, open_sets
+from languages import find_language
 from overlap import find_overlap
 from slices import find_groupings
+from text import TextNormalizer, Vocabulary, build_vocabulary
+from transcripts import measure_letters, measure_texts, normalised_texts
 
 
 @pytest.fixture
@@ -335,3 +341,85 @@ def test_preflight_checks_both_sets_and_the_sampling(two: tuple[Path, Path], tmp
     findings = {finding["check"]: finding for finding in report["findings"]}
     assert findings["training clips"]["facts"]["kept"] == 18
     assert findings["sampling"]["facts"] == {"groups": 2, "most_times_per_clip": 1.8, "unheard": 0, "unheard_clips": 0}
+
+
+# --- Languages of their own ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def languages(tmp_path: Path) -> list[Path]:
+    """English, where an apostrophe is a letter, and Yoruba, where it goes; 10 + 4 + 4 clips each."""
+    texts = {"en": ["don't", "it's a"], "yo": ["b'ó ọ", "ṣe 'gb'"]}
+    for name, of_set in texts.items():
+        for number, split in enumerate(("train", "dev", "test")):
+            rows = make_rows(10 if split == "train" else 4, 20 + number, ("ann",))
+            rows = [(*row[:2], of_set[place % 2], row[3]) for place, row in enumerate(rows)]
+            write_part(tmp_path / name / split / "part_1", rows)
+    return [tmp_path / "en", tmp_path / "yo"]
+
+
+def test_each_set_is_written_by_the_rules_of_its_language(languages: list[Path]) -> None:
+    sets = {"en": find_language("en"), "yo": find_language("yo")}
+    normalizer = TextNormalizer(",", "lower", of_sets=tuple(sets.items()))
+    joined, vocabulary = open_sets(languages, "train"), Vocabulary(build_vocabulary(["don'tisabóọṣeg "]))
+    expected = [
+        TextNormalizer(",", "lower", language=sets[folder.name])(text)
+        for folder in languages
+        for text in ShardDataset(folder / "train").column("text")
+    ]
+    assert set(expected) == {"don't", "it's a", "bó ọ", "ṣe gb"}
+    assert list(normalised_texts(joined, normalizer)) == expected
+    facts = measure_texts(joined, normalizer, vocabulary, FactCache(languages[0].parent))
+    assert facts.num_labels.tolist() == [len(vocabulary.encode(text)) for text in expected]
+    collate = Collator(normalizer, vocabulary, True, SimpleNamespace(conv_kernel=[20, 16], conv_stride=[20, 16]), 0)
+    assert collate([joined[row] for row in range(20)], np.arange(20)).texts == expected
+    assert not facts.coverage.unknown
+    plain = TextNormalizer(",", "upper", of_sets=tuple(sets.items()))  # The remedy is tried by the rules of each set.
+    unknown = measure_texts(joined, plain, vocabulary, FactCache(languages[0].parent)).coverage
+    finding = check_coverage({"train": joined}, {"train": unknown}, plain, vocabulary)[0]
+    assert finding.remedy.endswith("with --case lower coverage is 100.00%")
+    letters = measure_letters(joined, normalizer, FactCache(languages[0].parent))
+    assert letters["'"] == 10
+    assert letters["gb"] == 5
+
+
+def test_one_model_of_two_languages(
+    languages: list[Path], tmp_path: Path, command: Callable[..., int], capfd: pytest.CaptureFixture
+) -> None:
+    """Vocabulary of both, WER of each, rules of each kept; evaluate.py asks which language a set is in."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", languages[0], language=["en", "yo"], max_steps=2, eval_steps=1, preflight="warn"
+    )
+    assert command("--config", recipe, "--data_dir", *languages, "--output_dir", tmp_path / "run") == 0
+    screen = capfd.readouterr().out
+    assert "text        case lower, vocabulary of 17, rules of en, yo" in screen
+    run = tmp_path / "run"
+    labels = json.loads((run / "model" / "vocab.json").read_text())
+    assert set(labels) == {"<pad>", "<unk>", "|", *"don'tisabóọṣeg"}
+    results = json.loads((run / "train_results.json").read_text())
+    for name in ("best_eval_sets", "test_slices"):
+        groups = {one["group"] for one in results[name] if one.get("slice", "corpus") == "corpus"}
+        assert groups == {"en", "yo"}
+    assert results["test_letters"]["'"]["occurrences"] == 4  # Those of English alone.
+    assert results["rare_in_training"]["gb"] == 5
+    with (run / "eval_slices.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["slice"] == "corpus"]
+    assert {(row["step"], row["group"]) for row in rows} >= {("1", "en"), ("1", "yo"), ("2", "en"), ("2", "yo")}
+    rules = json.loads((run / "model" / "text_rules.json").read_text())
+    assert [one["code"] for one in rules["languages"]] == ["en", "yo"]
+
+    arguments = ["evaluate.py", "--model_name_or_path", run / "model", "--data_dir", languages[1]]
+    assert run_command(evaluate.main, *arguments) == 2
+    assert "was trained in en, yo: say with --language which of them this is" in capfd.readouterr().err
+    assert run_command(evaluate.main, *arguments, "--language", "yo", "--output_dir", tmp_path / "results") == 0
+    with (tmp_path / "results" / "utterances.csv").open() as file:
+        assert {row["reference"] for row in csv.DictReader(file)} == {"bó ọ", "ṣe gb"}
+    found = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert found["text_rules"]["language"] == "yo"
+    assert found["letters"]["ọ"]["in_training"] == 5
+
+
+def test_as_many_languages_as_sets_or_one(languages: list[Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", languages[0], language=["en", "yo"])
+    with pytest.raises(UsageError, match="--language names 2 for 1 folders: give one, or one for each"):
+        parse_arguments(TrainConfig, ["--config", str(recipe), "--output_dir", "o"], "")

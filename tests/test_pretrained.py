@@ -159,12 +159,31 @@ def test_head_is_replaced_when_the_vocabulary_differs(tmp_path, vocabulary):
         swapped = {{"A": "B", "B": "A"}.get(token, token): index for token, index in LARGE_960H_VOCABULARY.items()}
         (tmp_path / "mine.json").write_text(json.dumps(swapped))
         vocabulary = str(tmp_path / "mine.json")
-    loaded = load_model(Settings(model_name_or_path=str(tmp_path / "model"), vocabulary=vocabulary), texts)
+    settings = Settings(model_name_or_path=str(tmp_path / "model"), vocabulary=vocabulary, head="new")
+    loaded = load_model(settings, texts)
     size = len(loaded.vocabulary)
     assert not loaded.head_fits
-    assert f"head: new, {size} outputs; the checkpoint's 32 belong to another vocabulary" in loaded.notes
+    assert f"head: new, {size} outputs; --head new leaves the checkpoint's 32 out" in loaded.notes
     assert loaded.model.hf.lm_head.out_features == loaded.model.hf.config.vocab_size == size
     assert not torch.equal(loaded.model.hf.lm_head.weight[:5], file_weights(tmp_path / "model")["lm_head.weight"][:5])
+
+
+def test_rare_characters_stay_unknown_and_are_named(tmp_path):
+    """`<unk>` is what is learned and written for them, as often as the note says that they are there."""
+    write_published_like_checkpoint(tmp_path / "model", shrink(LARGE_960H), "safetensors")
+    settings = {"model_name_or_path": str(tmp_path / "model"), "vocabulary": "train"}
+    rare = ["aab bx|", "ab qq\u0301"]
+    loaded = load_model(Settings(**settings, vocabulary_min_count=3), lambda: rare)
+    assert loaded.vocabulary.token_ids == {"<pad>": 0, "<unk>": 1, "|": 2, "a": 3, "b": 4}
+    assert loaded.notes[1] == (
+        "unknown: x 1, U+0301 1, q 2, seen fewer than 3 times: learned as <unk>, written as <unk>, counted as errors"
+    )
+    assert loaded.vocabulary.encode("ax").tolist() == [3, 1]
+    assert loaded.vocabulary.decode_labels([3, 1]) == "a<unk>"
+    all_kept = load_model(Settings(**settings), lambda: rare)
+    assert not any(note.startswith("unknown") for note in all_kept.notes)
+    with pytest.raises(UsageError, match=r"no character at least 9 times: .* --vocabulary_min_count"):
+        load_model(Settings(**settings, vocabulary_min_count=9), lambda: rare)
 
 
 def test_checkpoint_of_another_blank(tmp_path):

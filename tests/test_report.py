@@ -205,14 +205,32 @@ def test_the_screens_of_train_and_evaluate_name_the_command(real: Path, capsys: 
         assert not (real.parent / "scored" / "report.html").exists()
 
 
+def test_letters_with_what_stands_for_them(tmp_path: Path, command: Command) -> None:
+    """And, as before, results that do not say it."""
+    data = write_data(tmp_path / "data", 2)
+    letters = {"\u0257": {"occurrences": 40, "recall": 0.25, "taken_for": "d", "times": 29}}
+    letters |= {"b": {"occurrences": 40, "recall": 0.5, "taken_for": "", "times": 20}}
+    letters |= {"a": {"occurrences": 90, "recall": 1.0, "taken_for": None, "times": 0}}
+    letters |= {"o": {"occurrences": 90, "recall": 1.0}}
+    folder = tmp_path / "results"
+    write_results(folder, [("a", "a"), ("b", "b")], data, letters=letters, rare_in_training={"\u0199": 4, "\u0301": 2})
+    assert command(folder, "--no_audio") == 0
+    said = " ".join(visible((folder / "report.html").read_text(encoding="utf-8")).split())
+    assert "Seen fewer than 20 times in the training text: \u0199 4, U+0301 2." in said
+    assert "as d, 29 times" in said
+    assert "lost, 20 times" in said
+
+
 # Text that is hostile
 
 
 def test_text_stays_text_wherever_it_comes_from(tmp_path: Path, command: Command) -> None:
     data = write_data(tmp_path / "data", 12)
     texts = [pair for text in HOSTILE for pair in ((text, "one"), ("one", text), (text, f"{text} x"), (text, text))]
-    letters = {HOSTILE[1]: {"occurrences": 50, "recall": 0.5}}
-    write_results(tmp_path / "run" / "evaluation_test", texts, data, model=HOSTILE[0], letters=letters)
+    letters = {HOSTILE[1]: {"occurrences": 50, "recall": 0.5, "taken_for": HOSTILE[0], "times": 25}}
+    rare = {HOSTILE[1]: 3}
+    folder = tmp_path / "run" / "evaluation_test"
+    write_results(folder, texts, data, model=HOSTILE[0], letters=letters, rare_in_training=rare)
     assert command(tmp_path / "run" / "evaluation_test", "--no_audio") == 0
     page = (tmp_path / "run" / "evaluation_test" / "report.html").read_text(encoding="utf-8")
     seen = Seen(page)
