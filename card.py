@@ -89,9 +89,9 @@ def write_pretraining_card(folder: Path, run: "PretrainingRun") -> None:
     blocks = [
         f"---\n{front}\n---",
         f"# {_name(run)}",
-        f"A speech encoder, pre-trained {origin} on {len(run.plan.rows):,} untranscribed utterances ({hours:.2f} "
-        f"hours) of `{_data_name(run)}`, in {run.total_steps:,} updates{done} of {state.utterances_per_update} utterances. "
-        "It has no head and no vocabulary: it cannot write before it is fine-tuned.",
+        f"A speech encoder, pre-trained {origin} on {len(run.plan.rows):,} untranscribed utterances ({hours:.2f} h) of "
+        f"`{_data_name(run)}`, in {run.total_steps:,} updates{done} of {state.utterances_per_update} utterances. It "
+        "has no head and no vocabulary: it cannot write before it is fine-tuned.",
         "## Use",
         _code(["from transformers import Wav2Vec2Model", "encoder = Wav2Vec2Model.from_pretrained('.')"]),
         "To fine-tune it, name this folder as `--model_name_or_path` of train.py, with `--vocabulary train`.",
