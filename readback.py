@@ -89,6 +89,10 @@ def find_folders(folder: Path) -> tuple[RunFolder | None, list[ResultsFolder]]:
     if not folder.is_dir():
         kind = "is not a folder" if folder.exists() else "does not exist"
         raise UsageError(f"{folder} {kind}: name a run directory of train.py or a results folder of evaluate.py")
+    if (log := folder / "training_log.csv").is_file() and b",contrastive_loss," in log.open("rb").readline():
+        raise UsageError(
+            f"{folder} is a run of pretrain.py, which wrote no texts to report on: look at training_curve.png in it"
+        )
     run = read_run(folder) if any((folder / name).is_file() for name in RUN_MARKS) else None
     inside = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{RESULTS_FILE}"))
     own = [folder] if run is None and _holds_results(folder) else []
