@@ -20,7 +20,7 @@ import pretrain
 import train
 from config import PretrainConfig
 from data import training_loader
-from errors import exit_status
+from errors import UsageError, exit_status
 from pretraining_run import PretrainingRun
 from readback import find_folders
 from recovery import MemoryLimitExceeded
@@ -194,7 +194,7 @@ def test_the_log_says_what_the_loss_is_made_of(recipe: Path, tmp_path: Path, com
     assert trained["accuracy"].between(0, 1).all()
     assert log["eval_loss"].notna().tolist() == [True, False, False, True, False, False, True]
     assert (run_dir / "training_curve.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UsageError, match="is a run of pretrain.py"):
+    with pytest.raises(UsageError, match="is a run of pretrain"):
         find_folders(run_dir)
     results = json.loads((run_dir / "train_results.json").read_text())
     assert results["best_eval_loss"] == pytest.approx(log["eval_loss"].iloc[1:].min(), rel=1e-6)
