@@ -438,8 +438,6 @@ class EvaluateConfig:
 
     model_name_or_path: str = ""
     """Fine-tuned model: RUN/model, another folder, or a name on the Hugging Face hub."""
-    target_lang: str | None = None
-    """Language of a model that holds many (MMS), such as hau: its adapters, its output layer, its vocabulary."""
     data_dir: str = ""
     """Folder that prepare.py wrote."""
     split: Literal["test", "dev", "train"] = "test"
@@ -447,6 +445,8 @@ class EvaluateConfig:
     output_dir: str | None = None
     """Folder for results.json and utterances.csv; evaluation_SPLIT beside the model when not given, or here for a model
     of the hub."""
+    target_lang: str | None = None
+    """Language of a model that holds many (MMS), such as hau: its adapters, its output layer, its vocabulary."""
     slices: list[str] = dataclasses.field(default_factory=list)
     """Columns of the corpus to break the rates down by, and `duration`, `speech_rate`, `snr`, `sentence_in_train`,
     `speaker_in_train`; all that divide the set when not given."""

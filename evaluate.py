@@ -358,6 +358,7 @@ def make_results(
     words, characters = error_intervals(evaluation.counts, breakdown.speakers)
     return {
         "model": config.model_name_or_path,
+        **({} if config.target_lang is None else {"target_lang": config.target_lang}),
         "data": f"{config.data_dir}/{config.split}",
         "data_fingerprint": scorer.dataset.fingerprint,
         "utterances": score.utterances,

@@ -782,6 +782,7 @@ def test_a_published_mms_model_is_evaluated_as_it_is(command: Callable[..., int]
     words += ["--dataloader_num_workers", 0]
     assert command(evaluate, *words) == 2
     assert command(evaluate, *words, "--target_lang", "hau") == 0
+    assert json.loads((tmp_path / "results/results.json").read_text())["target_lang"] == "hau"
 
 
 def test_parameters_trained_are_said(mms: Path):
