@@ -26,8 +26,8 @@ from pretraining_data import PretrainingBatch
 
 # log of a probability that has underflowed stays finite; p log p is 0 there either way.
 SMALLEST = torch.finfo(torch.float32).tiny
-# Rows of the log, one behind the other, that show a collapse.
-COLLAPSED_ROWS = 5
+# Rows of the log, one behind the other, and updates that they must stretch over, to show a collapse.
+COLLAPSED_ROWS, COLLAPSED_UPDATES = 5, 20
 # Codes per group: up to so many only one is in use, but for noise; from so many on several are; up to so many the
 # distractors that are left say little.
 DEAD_CODES, ALIVE_CODES, FEW_CODES = 1.1, 2.0, 4.0
@@ -290,9 +290,14 @@ def collapse_reason(history: Sequence[Mapping[str, float]], num_groups: int, num
         num_codes: G x V, the highest.
     """
     rows = [row for row in history if math.isfinite(row.get("code_perplexity", math.nan))]
-    recent = rows[-COLLAPSED_ROWS:]
-    if len(recent) < COLLAPSED_ROWS:
+    if len(rows) < COLLAPSED_ROWS or rows[-1]["step"] - rows[0]["step"] < COLLAPSED_UPDATES:
         return None
+    newest = range(len(rows) - COLLAPSED_ROWS, len(rows))
+    recent = [
+        row
+        for number, row in enumerate(rows)
+        if number in newest or row["step"] >= rows[-1]["step"] - COLLAPSED_UPDATES
+    ]
     used = [row["code_perplexity"] for row in recent]
     is_dead = max(used) <= DEAD_CODES * num_groups
     is_trivial = max(used) <= FEW_CODES * num_groups and all(

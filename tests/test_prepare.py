@@ -945,6 +945,20 @@ def test_untranscribed_preparation_goes_on_and_its_command_repeats_it(tmp_path):
     assert (config.untranscribed, config.segment_seconds, config.chunk_size) == (True, 10.0, 3)
 
 
+def test_untranscribed_preparation_killed_and_started_again(tmp_path):
+    """SIGKILL in the third part, in the midst of a recording's pieces."""
+    corpus = write_recordings(tmp_path / "radio", RECORDINGS)
+    settings = {"untranscribed": True, "segment_seconds": 5.0}
+    run(corpus, tmp_path / "whole", chunk_size=4, **settings)
+    script = KILLED_AT.replace("num_workers=1", "num_workers=1, untranscribed=True, segment_seconds=5.0")
+    command = [sys.executable, "-c", script, str(corpus), str(tmp_path / "out"), "10"]
+    killed = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    assert killed.returncode == -9, killed.stderr
+    assert [path.name for path in sorted((tmp_path / "out").glob("train/*"))] == [".part_3.tmp", "part_1", "part_2"]
+    run(corpus, tmp_path / "out", chunk_size=4, **settings)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_one_long_recording_is_divided_by_its_pieces(tmp_path):
     corpus = write_recordings(tmp_path / "radio", {"day.wav": 95.0})
     run(corpus, tmp_path / "out", untranscribed=True, segment_seconds=5.0)

@@ -666,6 +666,12 @@ def test_what_may_still_learn_is_no_collapse(log):
     assert collapse_reason(log, 2, 640) is None
 
 
+def test_a_collapse_needs_some_updates_however_often_they_are_logged():
+    assert collapse_reason(log_of([80] * 5 + [2.0] * 19, every=1), 2, 640) is None
+    assert collapse_reason(log_of([80] * 5 + [2.0] * 21, every=1), 2, 640)
+    assert collapse_reason(log_of([2.0] * 12, 0.0, 1.0, every=1), 2, 640) is None, "no row before them"
+
+
 def test_a_run_that_never_wakes_is_stopped_after_a_thousand_updates():
     assert collapse_reason(log_of([2.0] * 19), 2, 640) is None
     assert "each of the 2 groups uses one code" in collapse_reason(log_of([2.0] * 20), 2, 640)
