@@ -5,6 +5,7 @@ Nothing here is code for one language: a language is added by a few lines of tha
 
 import difflib
 import functools
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -54,8 +55,8 @@ class Language:
     """Letters of several characters, in lower case."""
 
     def facts(self) -> dict[str, Any]:
-        """As JSON values, for a model folder: a model is read back by the rules of its training, not by later ones."""
-        return asdict(self)
+        """As JSON gives them back, for a model folder: a model is read by the rules that it was trained by."""
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_facts(cls, values: Mapping[str, Any], source: object) -> "Language":

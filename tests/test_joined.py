@@ -388,9 +388,11 @@ def test_one_model_of_two_languages(
 ) -> None:
     """Vocabulary of both, WER of each, rules of each kept; evaluate.py asks which language a set is in."""
     recipe = write_recipe(
-        tmp_path / "recipe.yaml", languages[0], language=["en", "yo"], max_steps=2, eval_steps=1, preflight="warn"
-    )
-    assert command("--config", recipe, "--data_dir", *languages, "--output_dir", tmp_path / "run") == 0
+        tmp_path / "recipe.yaml", languages[0], language=["en", "yo"], max_steps=2, eval_steps=1, save_steps=1,
+        preflight="warn",
+    )  # fmt: skip
+    flags = ("--config", recipe, "--data_dir", *languages, "--output_dir", tmp_path / "run")
+    assert command(*flags) == 0
     screen = capfd.readouterr().out
     assert "text        case lower, vocabulary of 17, rules of en, yo" in screen
     run = tmp_path / "run"
@@ -407,6 +409,14 @@ def test_one_model_of_two_languages(
     assert {(row["step"], row["group"]) for row in rows} >= {("1", "en"), ("1", "yo"), ("2", "en"), ("2", "yo")}
     rules = json.loads((run / "model" / "text_rules.json").read_text())
     assert [one["code"] for one in rules["languages"]] == ["en", "yo"]
+
+    assert command(*flags, "--resume_from_checkpoint", run / "checkpoints" / "step_000001") == 0
+    again = json.loads((run / "train_results.json").read_text())
+    assert [again[name] for name in ("best_eval_letters", "test_letters")] == [
+        results[name] for name in ("best_eval_letters", "test_letters")
+    ]
+    assert command(*flags, "--language", "yo", "--resume_from_checkpoint", run / "checkpoints" / "step_000001") == 2
+    capfd.readouterr()
 
     arguments = ["evaluate.py", "--model_name_or_path", run / "model", "--data_dir", languages[1]]
     assert run_command(evaluate.main, *arguments) == 2

@@ -164,6 +164,8 @@ def test_rules_of_training_are_read_back_whatever_the_file_says_later(tmp_path: 
     assert read_rules(tmp_path, "ha")["language"] == changed
     assert read_rules(tmp_path, "en", case="upper") == rules | {"case": "upper", "language": find_language("en")}
     assert json.loads(json.dumps(describe_rules(rules)))["language"] == "ha"
+    # A resume compares those of now with those that a checkpoint kept.
+    assert json.loads(json.dumps(changed.facts())) == changed.facts()
 
 
 def test_rules_of_a_model_without_a_language(tmp_path: Path) -> None:
