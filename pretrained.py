@@ -194,7 +194,8 @@ def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterabl
     weights = _read_weights(folder, hf_config, weights_file, config.seed, RECOGNITION, adapters_are_new)
     hf = weights.model
     if config.target_lang is not None:
-        weights, trained_outputs = _load_language(weights, folder, config.target_lang)
+        weights = _load_language(weights, folder, config.target_lang, len(old_labels))
+        trained_outputs = len(old_labels)
         notes.append(f"adapters: those of {config.target_lang}")
     elif hf_config.to_dict().get("adapter_attn_dim") is not None and (reason := _lacks_adapters(folder, weights)):
         adapters.draw(hf, config.seed)
@@ -655,12 +656,8 @@ def _replace_head(
     return False, f"head: new, {len(labels)} outputs; {why}"
 
 
-def _load_language(weights: _Weights, folder: Path, language: str) -> tuple[_Weights, int]:
-    """Put the adapters of a language and its head in place.
-
-    Returns:
-        The weights, which have a head now, and its outputs.
-    """
+def _load_language(weights: _Weights, folder: Path, language: str, size: int) -> _Weights:
+    """Put the adapters of a language and its head in place, which has `size` outputs; the weights have a head then."""
     hf = weights.model
     if hf.config.to_dict().get("adapter_attn_dim") is None:
         raise UsageError(f"--target_lang {language}: {folder} has no attention adapters; leave the flag out")
@@ -673,13 +670,12 @@ def _load_language(weights: _Weights, folder: Path, language: str) -> tuple[_Wei
     try:
         is_safe = found.suffix == ".safetensors"
         read = load_file(found) if is_safe else torch.load(found, map_location="cpu", weights_only=True)
-        outputs = len(read["lm_head.weight"])
     except UNREADABLE as error:
         raise UsageError(f"{found} cannot be read as the weights of adapters: {_one_line(error)}") from error
-    hf.lm_head = nn.utils.skip_init(nn.Linear, hf.lm_head.in_features, outputs)
+    hf.lm_head = nn.utils.skip_init(nn.Linear, hf.lm_head.in_features, size)
     adapters.load_language(hf, read, found)
     head = {"lm_head.weight", "lm_head.bias"}
-    return replace(weights, missing=weights.missing - head, misshapen=weights.misshapen - head), outputs
+    return replace(weights, missing=weights.missing - head, misshapen=weights.misshapen - head)
 
 
 def _lacks_adapters(folder: Path, weights: _Weights) -> str | None:
