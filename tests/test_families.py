@@ -776,6 +776,30 @@ def test_a_recipe_runs_on_a_small_checkpoint_of_its_family(
     assert loaded.vocabulary.token_ids == (HAUSA if name == "hausa_mms_adapter" else LARGE_960H_VOCABULARY)
 
 
+@pytest.mark.parametrize("name", ["english_large_plus", "multilingual"])
+def test_a_recipe_runs_on_a_small_model_that_writes_english(
+    name: str, command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """As it is written, but for the model, the data and the length: the moving average and both languages are there."""
+    for part in ("one", "two"):
+        for split, seed in (("train", 1), ("dev", 2), ("test", 3)):
+            rows = [(f"{part}{one}", np.tile(samples, 3), text, who) for one, samples, text, who in make_rows(6, seed)]
+            write_part(tmp_path / part / split / "part_1", rows)
+    write_checkpoint(tmp_path / "checkpoint", TABLE["wav2vec2"])
+    words = flags(tmp_path / "one", tmp_path / "checkpoint", tmp_path / "run", max_steps=2, preflight="warn")
+    if name == "multilingual":
+        words += ["--data_dir", tmp_path / "one", tmp_path / "two"]
+    assert command(train, "--config", REPOSITORY / "configs" / f"{name}.yaml", *words) == 0
+    shown = capsys.readouterr().out
+    results = json.loads((tmp_path / "run/train_results.json").read_text())
+    if name == "multilingual":
+        assert [one["group"] for one in results["best_eval_sets"]] == ["one", "two"]
+        assert "rows kept" in shown
+    else:
+        assert results["best_weights"] in ("trained", "ema")
+        assert "augment_speed 0.9 1.0 1.1" in shown
+
+
 def test_a_published_mms_model_is_evaluated_as_it_is(command: Callable[..., int], mms: Path, tmp_path: Path):
     write_part(tmp_path / "data/test/part_1", make_rows(4, seed=3))
     words = ["--model_name_or_path", mms, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "results"]

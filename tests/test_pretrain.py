@@ -1,6 +1,7 @@
 """pretrain.py end to end: the loop's promises without text, its log, its ends, and what train.py makes of model/."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -281,6 +282,22 @@ def test_short_clips_are_left_out_with_a_reason(prepared: Path, tmp_path: Path, 
     assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
     dropped = (tmp_path / "run" / "drop_list.csv").read_text()
     assert "tiny,too_short_to_mask" in dropped
+
+
+def test_the_recipe_runs_on_a_small_checkpoint(
+    recipe: Path, prepared: Path, tmp_path: Path, command: Callable[..., int]
+) -> None:
+    """configs/pretrain.yaml as it is written, but for the model, the data and the length."""
+    assert command("--config", recipe, "--output_dir", tmp_path / "base", "--max_steps", 1) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    flags = ("--model_name_or_path", tmp_path / "base" / "model", "--data_dir", prepared)
+    flags += ("--min_duration_in_seconds", 0.1, "--max_steps", 3, "--logging_steps", 1, "--dataloader_num_workers", 0)
+    path = Path(pretrain.__file__).parent / "configs" / "pretrain.yaml"
+    assert command("--config", path, *flags, "--output_dir", tmp_path / "run") == 0
+    log = read_log(tmp_path / "run" / "training_log.csv")
+    assert log["gumbel_temperature"].dropna().tolist() == [0.5, 0.5, 0.5]
+    assert math.isfinite(log["eval_loss"].iloc[-1])
 
 
 BAD_SETTINGS = {
