@@ -73,6 +73,7 @@ STREAMED_BYTES = 2**31 - 2**16
 CLIPS_PER_TASK = 16
 # Limits what a task of long clips holds; MP3 grows about tenfold when it is decoded.
 SOURCE_BYTES_PER_TASK = 4_000_000
+SEGMENT_BYTES_PER_SECOND = SAMPLE_RATE_HZ * 2 // 10
 
 if TYPE_CHECKING:
     import torch
@@ -160,10 +161,39 @@ def read_clip(request: ClipRequest) -> Clip:
     Raises:
         ClipError: undecodable, empty, not_finite, bad_segment or too_long.
     """
+    with _LastFile() as last:
+        return _read_clip(request, last)
+
+
+class _LastFile(contextlib.AbstractContextManager):
+    """Keeps a file open for its next segment: the first place in an MP3 of hours takes longer to find than to read."""
+
+    def __init__(self) -> None:
+        self._path: str | None = None
+        self._file: soundfile.SoundFile | None = None
+
+    def open(self, path: str) -> soundfile.SoundFile:
+        """The file at `path`, wherever it was left."""
+        if path != self._path:
+            self.close()
+            self._file, self._path = soundfile.SoundFile(path), path
+        return self._file
+
+    def close(self) -> None:
+        """What is open, if any."""
+        if self._file is not None:
+            self._file.close()
+        self._file = self._path = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_clip(request: ClipRequest, last: _LastFile) -> Clip:
     try:
-        with soundfile.SoundFile(request.path) as file:
-            rate = file.samplerate
-            signal_S = _read_piece(file, request)
+        file = last.open(request.path)
+        rate = file.samplerate
+        signal_S = _read_piece(file, request)
     except (soundfile.SoundFileError, OSError, TypeError, MemoryError) as error:
         # TypeError: soundfile takes names such as x.raw for headerless audio.
         raise ClipError("undecodable", " ".join(str(error).split()) or type(error).__name__) from None
@@ -413,11 +443,13 @@ def _resampling_kernel(rate_hz: int) -> tuple["torch.Tensor", int, int]:
 
 def _read_clips(requests: list[ClipRequest]) -> list[Clip | tuple[str, str]]:
     results = []
-    for request in requests:
-        try:
-            results.append(read_clip(request))
-        except ClipError as error:
-            results.append((error.reason, error.detail))
+    with _LastFile() as last:
+        for request in requests:
+            try:
+                results.append(_read_clip(request, last))
+            except ClipError as error:
+                last.close()
+                results.append((error.reason, error.detail))
     return results
 
 
@@ -425,12 +457,19 @@ def _tasks(items: Iterable[tuple[Item, ClipRequest | None]]) -> Iterator[list[tu
     task, source_bytes = [], 0
     for item, request in items:
         task.append((item, request))
-        source_bytes += request.source_bytes if request else 0
+        source_bytes += _weight(request) if request else 0
         if len(task) == CLIPS_PER_TASK or source_bytes >= SOURCE_BYTES_PER_TASK:
             yield task
             task, source_bytes = [], 0
     if task:
         yield task
+
+
+def _weight(request: ClipRequest) -> float:
+    """Bytes of the file that the clip takes, for SOURCE_BYTES_PER_TASK."""
+    if request.duration_seconds is None:
+        return request.source_bytes
+    return min(request.source_bytes, request.duration_seconds * SEGMENT_BYTES_PER_SECOND)
 
 
 def _collect(task: list, future) -> Iterator[tuple]:
@@ -478,8 +517,8 @@ def _read_mono(file: soundfile.SoundFile, request: ClipRequest) -> np.ndarray:
     rate = file.samplerate
     first = round(min(request.offset_seconds * rate, MAX_SAMPLES))
     wanted = math.inf if request.duration_seconds is None else round(min(request.duration_seconds * rate, MAX_SAMPLES))
-    if first:
-        if first >= file.frames:
+    if first or file.tell():
+        if first and first >= file.frames:
             raise ClipError("bad_segment", f"starts at {request.offset_seconds} s of {file.frames / rate:.2f} s")
         file.seek(first)
     blocks, count, longest = [], 0, MAX_CLIP_SECONDS * rate

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import audio
 from audio import ClipRequest, _quietest, _read_piece, read_clip
 from corpora import AudioLocator, SourceRow
 from pieces import cut_row
@@ -124,3 +125,25 @@ def test_memory_does_not_grow_with_the_recording(tmp_path):
     tracemalloc.stop()
     assert all(200_000 < count <= 320_000 for count in clips)
     assert peak < 30e6
+
+
+def test_pieces_of_a_file_are_read_one_behind_the_other_in_one_opening(tmp_path, monkeypatch):
+    """Also back to the beginning, and past a segment that cannot be: the clips are those that each alone would be."""
+    path = tmp_path / "long.flac"
+    soundfile.write(path, speech_with_pauses(61.37, 16_000), 16_000)
+    found = requests(path, 61.37, 10.0)
+    found = [*found, found[0], ClipRequest(str(path), 900.0, 1.0), found[3], ClipRequest(str(path)), found[-1]]
+    alone = [None if request.offset_seconds == 900.0 else read_clip(request).audio_sha256 for request in found]
+    opened, open_file = [], soundfile.SoundFile
+    monkeypatch.setattr(soundfile, "SoundFile", lambda name: opened.append(name) or open_file(name))
+    together = audio._read_clips(found)
+    assert [clip[0] if isinstance(clip, tuple) else clip.audio_sha256 for clip in together] == [
+        one or "bad_segment" for one in alone
+    ]
+    assert len(opened) == 2, "once, and again behind the error"
+    tasks = list(
+        audio._tasks((None, request) for request in [ClipRequest("a", 10.0 * n, 10.0, 10**9) for n in range(40)])
+    )
+    assert [len(task) for task in tasks] == [16, 16, 8]
+    long = [ClipRequest("a", 1_800.0 * n, 1_800.0, 10**9) for n in range(3)]
+    assert [len(task) for task in audio._tasks((None, request) for request in long)] == [1, 1, 1]
