@@ -36,6 +36,7 @@ from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2AttnAdapterLa
 import adapters
 import evaluate
 import lora
+import preflight
 import pretrained
 import train
 from config import TrainConfig
@@ -657,19 +658,22 @@ def test_settings_that_contradict_are_refused(settings: dict[str, Any], message:
 # --- Runs and checkpoints ------------------------------------------------------------------------------------------
 
 PARTS = {
-    "adapters": {"train_adapters": True},
+    # Resumed where the head still learns alone.
+    "adapters": {"train_adapters": True, "freeze_encoder_steps": 3},
     "lora": {"lora_rank": 4, "lora_dropout": 0.2, "ema_decay": 0.9, "average_best": 2},
 }
 
 
 @pytest.mark.parametrize("part", [pytest.param("adapters"), pytest.param("lora", marks=needs_peft)])
 def test_a_run_of_parts_resumes_bit_for_bit_from_a_checkpoint_of_parts(
-    part: str, command: Callable[..., int], prepared: Path, tmp_path: Path
+    part: str, command: Callable[..., int], prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Promise 3, with dropout and masks; the checkpoint holds what is trained and names the rest."""
     write_checkpoint(tmp_path / "checkpoint", TABLE["xls-r"])
     noise = {"hidden_dropout": 0.1, "layerdrop": 0.1, "mask_time_prob": 0.2, "mask_time_length": 2}
     settings = PARTS[part] | noise
+    needed, original = [], preflight.disk_bytes
+    monkeypatch.setattr(preflight, "disk_bytes", lambda run: needed.append(original(run)) or needed[-1])
     tensors = assert_resumes_and_is_evaluated(command, prepared, tmp_path / "checkpoint", tmp_path / "run", **settings)
     kept = [name for name in tensors if name.startswith("model/")]
     assert kept and all(any(word in name for word in (".adapter_layer.", ".lora_", "lm_head.")) for name in kept)
@@ -677,6 +681,11 @@ def test_a_run_of_parts_resumes_bit_for_bit_from_a_checkpoint_of_parts(
     assert moments == {name.removeprefix("model/") for name in kept}
     state = json.loads((tmp_path / "run/checkpoints/step_000004/state.json").read_text())
     assert len(state["run"]["identity"]["the frozen weights of model_name_or_path"]) == 64
+    held = sum(path.stat().st_size for path in (tmp_path / "run/checkpoints").rglob("tensors.safetensors"))
+    model = (tmp_path / "run/model/model.safetensors").stat().st_size
+    assert held < model  # two checkpoints
+    if part == "adapters":  # model/ while it is replaced, and what is small
+        assert held + model < needed[0] < 4 * model
 
 
 @needs_peft
