@@ -132,7 +132,10 @@ def _remedy(dataset: ShardDataset, normalizer: TextNormalizer, vocabulary: Vocab
         fraction = coverage_of(normalised, vocabulary).unknown_fraction
         if fraction <= MAX_UNKNOWN_FRACTION:
             return f"{why}with {setting} coverage is {1 - fraction:.2%}"
-    return f"{why}no such setting mends it: build a vocabulary from the text with --vocabulary train (and a new head)"
+    return (
+        f"{why}no such setting mends it: build a vocabulary from the text with --vocabulary train, or lower "
+        "--vocabulary_min_count, which leaves rare letters out"
+    )
 
 
 def _draw_texts(dataset: ShardDataset | JoinedDataset) -> list[tuple[str, str]]:

@@ -202,7 +202,8 @@ def score_and_report(config: EvaluateConfig, folder: Path, accelerator: Accelera
     scorer = ModelScorer(config, accelerator, keeps_log_probs=config.lm is not None)
     rows, dropped = scorer.choose_rows()
     trained, known = find_trained(config)
-    in_training = count_training_letters(config, scorer.normalizer)
+    with main_first(accelerator):  # The others find in the cache what the first process has found.
+        in_training = count_training_letters(config, scorer.normalizer)
     if config.max_eval_samples is not None and config.max_eval_samples < len(rows):
         rows = draw_stratified(scorer.dataset, rows, trained, config.max_eval_samples, config.seed)
     breakdown = Breakdown.of(scorer.dataset, rows, scorer.texts.num_labels[rows], trained, config.slices)

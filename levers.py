@@ -238,6 +238,8 @@ class PretrainingMasks:
     def mask_errors(self) -> list[str]:
         """Every setting that is out of its range, with the limit."""
         found = _share_errors(self, MASK_SHARES) + _length_errors(self)
+        if self.mask_time_min_masks == 0:
+            found.append("--mask_time_min_masks is 0, and a short clip may have nothing to predict: 1 is needed")
         if self.mask_time_prob == 0:
             found.append("--mask_time_prob is 0, and nothing would be left to predict: 0.65 is usual")
         return found

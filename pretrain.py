@@ -8,7 +8,7 @@
 Shards that have texts serve as well; the texts are not looked at. Loop, resume, precision and processes are train.py's.
 """
 
-from errors import exit_status
+from errors import RunFailed, exit_status
 
 # isort: split
 
@@ -48,6 +48,11 @@ def evaluate(run: PretrainingRun, progress: Progress) -> None:
 
 def finish(run: PretrainingRun) -> None:
     """Write train_results.json and say what came out, and how to go on."""
+    if run.state.best_step is None:
+        raise RunFailed(
+            f"no evaluation of {run.folder} had enough codes in use to be kept, so there is no model/: begin again "
+            "with a lower --learning_rate, longer --warmup_steps or larger updates"
+        )
     results = run.training_results()
     run.best.load()
     run.best.check()

@@ -413,6 +413,11 @@ def _choose_vocabulary(
     if choice == "large_960h":
         return dict(LARGE_960H_VOCABULARY), ["vocabulary: the 32 tokens of facebook/wav2vec2-large-960h"]
     if choice == "model" or (choice == "auto" and tokenizer is not None):
+        if config.vocabulary_min_count > 1:
+            raise UsageError(
+                f"--vocabulary_min_count {config.vocabulary_min_count} does nothing with the checkpoint's own "
+                "vocabulary: give --vocabulary train, or leave it out"
+            )
         labels = tokenizer.get_vocab()
         return labels, [f"vocabulary: {len(labels)} tokens of the checkpoint's tokenizer"]
     if choice not in ("auto", "train"):
@@ -834,7 +839,9 @@ def check_pretraining_folder(folder: Path, loaded: LoadedPretraining) -> None:
     hf = loaded.model.hf
     with _quiet_transformers():
         opened, info = type(hf).from_pretrained(folder, output_loading_info=True)
-    wrong = {key for kind in ("missing_keys", "unexpected_keys") for key in info[kind]}
+    # Of a configuration that masks nothing in fine-tuning transformers makes no embedding of masked frames.
+    spare = {key for key in info["unexpected_keys"] if key.endswith("masked_spec_embed")}
+    wrong = {key for kind in ("missing_keys", "unexpected_keys") for key in info[kind]} - spare
     wrong |= {key for key, *_ in info["mismatched_keys"]}
     own = hf.state_dict()
     wrong |= {key for key, value in opened.state_dict().items() if not torch.equal(value, own[key].cpu())}

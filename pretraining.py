@@ -33,6 +33,8 @@ COLLAPSED_ROWS, COLLAPSED_UPDATES = 5, 20
 DEAD_CODES, ALIVE_CODES, FEW_CODES = 1.1, 2.0, 4.0
 # A group that began with one code should use a second one by then; or at least be on its way, by this factor.
 STEPS_TO_WAKE, RISE = 1_000, 1.02
+# Share of the most codes that an evaluation has seen in use, which a model must still use to be kept.
+SOUND_SHARE = 0.25
 # Of those few codes nothing is left to learn.
 TRIVIAL_LOSS, TRIVIAL_ACCURACY = 0.05, 0.98
 
@@ -275,7 +277,9 @@ def _is_masked(batch: PretrainingBatch) -> Tensor:
 # --- Collapse ------------------------------------------------------------------------------------------------------
 
 
-def collapse_reason(history: Sequence[Mapping[str, float]], num_groups: int, num_codes: int) -> str | None:
+def collapse_reason(
+    history: Sequence[Mapping[str, float]], num_groups: int, num_codes: int, warmup_steps: int = 0
+) -> str | None:
     """Why a run teaches nothing any more, in one line; None while it may.
 
     Two ways are known. Every group uses one code (transformers#14387: perplexity 2 for good), and the codes that are
@@ -288,6 +292,7 @@ def collapse_reason(history: Sequence[Mapping[str, float]], num_groups: int, num
             without them (NaN) are passed over.
         num_groups: G, the lowest perplexity.
         num_codes: G x V, the highest.
+        warmup_steps: of the learning rate, in which codes may sleep.
     """
     rows = [row for row in history if math.isfinite(row.get("code_perplexity", math.nan))]
     if len(rows) < COLLAPSED_ROWS or rows[-1]["step"] - rows[0]["step"] < COLLAPSED_UPDATES:
@@ -307,7 +312,7 @@ def collapse_reason(history: Sequence[Mapping[str, float]], num_groups: int, num
     if is_trivial:
         found = f"the contrastive loss is {last['contrastive_loss']:.4f} and the accuracy {last['accuracy']:.1%}"
         because = "so few codes are in use that the task has become trivial"
-    elif is_dead and (_was_alive(rows, num_groups) or _has_long_been_dead(rows, num_groups)):
+    elif is_dead and (_was_alive(rows, num_groups) or _has_long_been_dead(rows, num_groups, warmup_steps)):
         found = f"and no row since step {recent[0]['step']:.0f} has more than {max(used):.2f}"
         because = f"each of the {num_groups} groups uses one code"
     else:
@@ -319,12 +324,26 @@ def collapse_reason(history: Sequence[Mapping[str, float]], num_groups: int, num
     )
 
 
+def is_sound(code_perplexity: float, highest_before: float, num_groups: int) -> bool:
+    """Whether an evaluation may be the best: not of a model that is losing its codes.
+
+    Distractors with the code of the frame itself are left out of the contrastive loss, so that a model with few codes
+    has a low one: 0 where all frames have one code.
+
+    Args:
+        code_perplexity: of this evaluation.
+        highest_before: of all evaluations before it; 0.0 for none.
+        num_groups: G.
+    """
+    return code_perplexity > max(ALIVE_CODES * num_groups, highest_before * SOUND_SHARE)
+
+
 def _was_alive(rows: Sequence[Mapping[str, float]], num_groups: int) -> bool:
     return max(row["code_perplexity"] for row in rows) > ALIVE_CODES * num_groups
 
 
-def _has_long_been_dead(rows: Sequence[Mapping[str, float]], num_groups: int) -> bool:
-    """Whether it never rose: all rows, over so many updates that a warm-up is over, and the last one no higher."""
+def _has_long_been_dead(rows: Sequence[Mapping[str, float]], num_groups: int, warmup_steps: int) -> bool:
+    """Whether it never rose: all rows, until long behind the warm-up, and the last one no higher."""
     used = [row["code_perplexity"] for row in rows]
-    is_long = len(rows) >= 2 * COLLAPSED_ROWS and rows[-1]["step"] >= STEPS_TO_WAKE
+    is_long = len(rows) >= 2 * COLLAPSED_ROWS and rows[-1]["step"] >= max(STEPS_TO_WAKE, 2 * warmup_steps)
     return is_long and max(used) <= ALIVE_CODES * num_groups and used[-1] <= RISE * min(used[-2 * COLLAPSED_ROWS :])

@@ -30,13 +30,14 @@ from pretraining import (
     collapse_reason,
     diversity,
     gumbel_temperature,
+    is_sound,
     perplexity,
     pretraining_losses,
 )
 from pretraining_data import PretrainingBatch, PretrainingCollator, shortest_samples
 from processes import main_first
 from progress import Progress
-from scoring import pass_over
+from scoring import OTHER_IS_OUT_OF_MEMORY, pass_over
 from selection import select_untranscribed_rows
 from training_run import TrainingRun
 
@@ -79,12 +80,15 @@ class PretrainingFoundation(Foundation):
 
     # Of an update
 
+    def _temperature_at(self, step: int) -> float:
+        config = self.config
+        return gumbel_temperature(
+            step, config.max_gumbel_temperature, config.min_gumbel_temperature, config.gumbel_temperature_decay
+        )
+
     def begin_step(self, update: Update) -> None:
         """Measure the mean use of the codes over the whole update, where no single micro-batch is that."""
-        config = self.config
-        self._temperature = gumbel_temperature(
-            update.step, config.max_gumbel_temperature, config.min_gumbel_temperature, config.gumbel_temperature_decay
-        )
+        self._temperature = self._temperature_at(update.step)
         self._marginal_GV = None
         if self.accelerator.num_processes > 1 or len(update.micro_batches) > 1:
             self._marginal_GV = self._measure(update)
@@ -96,14 +100,31 @@ class PretrainingFoundation(Foundation):
             self._marginal_GV = self._measure(update)
 
     def _measure(self, update: Update) -> torch.Tensor:
-        """Mean probabilities of the codes over the masked frames of the update, all ranks together, [G, V]."""
+        """Mean probabilities of the codes over the masked frames of the update, all ranks together, [G, V].
+
+        Raises:
+            RunFailed: a single clip does not fit into the memory of one rank.
+        """
         self.model.train()
-        sums_GV = torch.zeros(self.model.num_groups, self.model.num_codes // self.model.num_groups)
-        sums_GV = sums_GV.to(self.accelerator.device)
+        sums_GV, failure = None, None
+        try:
+            while sums_GV is None:
+                sums_GV = self.cuts.attempt(lambda: self._sum_codes(update))
+        except RunFailed as error:
+            failure = error
+        (has_failed,) = self.status.worst(int(failure is not None))
+        if has_failed:
+            raise failure or RunFailed(OTHER_IS_OUT_OF_MEMORY)
+        return self.accelerator.reduce(sums_GV, reduction="sum") / max(update.num_labels, 1)
+
+    def _sum_codes(self, update: Update) -> torch.Tensor:
+        """Of this rank's micro-batches, [G, V]."""
+        device, model = self.accelerator.device, self.model
+        sums_GV = torch.zeros(model.num_groups, model.num_codes // model.num_groups, device=device)
         for batch in self.cuts.divide(update.micro_batches):
-            with self.accelerator.autocast():
-                sums_GV += self.model.code_prob_sum(batch.to(self.accelerator.device))
-        return self.accelerator.reduce(sums_GV, reduction="sum") / update.num_labels
+            with self.memory_limit.watch(), self.accelerator.autocast():
+                sums_GV += model.code_prob_sum(batch.to(device))
+        return sums_GV
 
     def training_losses(self, batch: PretrainingBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Contrastive and diversity loss per utterance, loss_B, and what has their gradient, objective_B."""
@@ -206,7 +227,7 @@ class PretrainingRun(TrainingRun, PretrainingFoundation):
             "diversity_loss": 1 - used / self.model.num_codes,
             "code_perplexity": used,
             "accuracy": sums["correct"] / targets,
-            "gumbel_temperature": self._temperature,
+            "gumbel_temperature": self._temperature_at(self.state.step - 1),
         }
 
     def _log_row(self, values: dict[str, float], progress: Progress) -> None:
@@ -214,10 +235,13 @@ class PretrainingRun(TrainingRun, PretrainingFoundation):
 
         def judge() -> str | None:
             history = runlog.read_log(self.log.path).to_dict("records")
-            return collapse_reason(history, self.model.num_groups, self.model.num_codes)
+            model = self.model
+            return collapse_reason(history, model.num_groups, model.num_codes, self.schedule.warmup_steps)
 
         if reason := self.status.decide_first(self.is_main, judge):
-            raise RunFailed(reason)
+            step = self.state.best_step
+            kept = "no model/ was written" if step is None else f"model/ is of step {step}, before that"
+            raise RunFailed(f"{reason}; {kept}")
 
     # Evaluation
 
@@ -235,9 +259,23 @@ class PretrainingRun(TrainingRun, PretrainingFoundation):
         if self.is_main:
             log = runlog.read_log(self.log.path)
             runlog.draw_pretraining_curve(log, self.folder / "training_curve.png", self.model.num_codes)
-        if self.state.step:
+        if self.state.step and self._may_keep(figures, progress):
             self.best.take(TRAINED, figures)
         self.meter.start()
+
+    def _may_keep(self, figures: Figures, progress: Progress) -> bool:
+        """Not a model that is losing its codes, whose loss is low for that very reason."""
+
+        def judge() -> bool:
+            log = runlog.read_log(self.log.path)
+            before = log.loc[log["step"] < self.state.step, "eval_code_perplexity"].max()
+            highest = 0.0 if math.isnan(before) else float(before)
+            return is_sound(figures.get("eval_code_perplexity", math.nan), highest, self.model.num_groups)
+
+        may_keep = self.status.decide_first(self.is_main, judge)
+        if not may_keep and self.is_main:
+            progress.print("    not kept as model/: too few codes are in use, which makes the loss low by itself")
+        return may_keep
 
     def _score(self) -> Figures:
         model = self.model

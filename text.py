@@ -199,7 +199,14 @@ class TextNormalizer:
         if self._apostrophe is not None and self.language.apostrophe:
             own = {key.replace(self.language.apostrophe, self._apostrophe): value for key, value in own.items()}
         cased = {"upper": (str.upper,), "lower": (str.lower,), "keep": (str.upper, str.title, str)}[self.case]
-        return {change(key): change(value) for change in cased for key, value in own.items()}
+        spellings = {change(key): change(value) for change in cased for key, value in own.items()}
+        if not self.letters:
+            return spellings
+        # A model that can write the one and not the other keeps what it can write.
+        return {key: value for key, value in spellings.items() if self._writes(value) or not self._writes(key)}
+
+    def _writes(self, text: str) -> bool:
+        return all(character in self.letters or character == " " for character in text)
 
     @cached_property
     def _ignores_marks(self) -> bool:

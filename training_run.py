@@ -263,7 +263,7 @@ class TrainingRun(Foundation):
         self.checkpoint = self._find_checkpoint()
         saved = RunState(**checkpoint.load_state(self.checkpoint)["run"])
         own = self.state.identity
-        kind = saved.identity.get("the kind of training")
+        kind = saved.identity.get("the kind of training", "train.py")  # older ones do not say
         if kind != self.config.command:
             raise UsageError(f"{self.checkpoint} is of a run of {kind}: resume it with that command")
         changed = [name for name in own if own[name] != saved.identity.get(name)]

@@ -139,6 +139,8 @@ def _inject(failure: dict) -> None:
         _limit_rows(failure["rows"])
     if failure["where"] == "save":
         roundtrip.check_in_clean_process = lambda *_: [roundtrip.Failure("logits", "different by 3", "at most 0.0001")]
+    if failure["where"] == "measure":
+        _run_out_of_memory_once_while_measuring()
     original, passes = train.Run.forward, itertools.count()
 
     def is_due(run: train.Run) -> bool:
@@ -164,6 +166,20 @@ def _inject(failure: dict) -> None:
         return outputs
 
     train.Run.forward = forward
+
+
+def _run_out_of_memory_once_while_measuring() -> None:
+    """In the pass of pretrain.py before an update."""
+    from pretraining import PretrainingModel
+
+    original, calls = PretrainingModel.code_prob_sum, itertools.count()
+
+    def measure(model: PretrainingModel, batch: object) -> torch.Tensor:
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.99 GiB")
+        return original(model, batch)
+
+    PretrainingModel.code_prob_sum = measure
 
 
 def _limit_rows(rows: int) -> None:
@@ -521,6 +537,10 @@ def test_promises_1_and_3_pre_training_by_two_processes_is_that_of_one(
     for name in ("train_loss", "code_perplexity", "contrastive_loss", "eval_loss", "eval_accuracy"):
         assert both.column(name)[:2] == pytest.approx(alone.column(name)[:2], rel=1e-5, nan_ok=True), name
         assert both.column(name) == pytest.approx(alone.column(name), rel=1e-3, nan_ok=True), name
+    failure = {"rank": 1, "where": "measure", "passes": []}
+    failed = run_ranks(2, "failed", *flags, failure=failure, program="pretrain")
+    assert "done again, from now on in cuts" in failed.stderr[1]
+    assert failed.column("train_loss")[:2] == pytest.approx(alone.column("train_loss")[:2], rel=1e-5, nan_ok=True)
     run_ranks(2, "parts", *flags, stop_at=3, program="pretrain")
     parts = run_ranks(2, "parts", *flags, "--resume_from_checkpoint", "last", program="pretrain")
     whole, resumed = both.state(6), parts.state(6)

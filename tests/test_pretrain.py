@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ import train
 from config import PretrainConfig
 from data import training_loader
 from errors import UsageError, exit_status
+from pretraining import PretrainingModel, collapse_reason, is_sound
+from pretraining_data import PretrainingBatch
 from pretraining_run import PretrainingRun
 from readback import find_folders
 from recovery import MemoryLimitExceeded
@@ -263,7 +266,7 @@ def test_a_collapse_ends_the_run_with_its_reason(
         return result
 
     monkeypatch.setattr(train, "train_step", collapsing)
-    flags = ("--config", recipe, "--output_dir", tmp_path / "run", "--max_steps", 40, "--eval_steps", 40)
+    flags = ("--config", recipe, "--output_dir", tmp_path / "run", "--max_steps", 40, "--eval_steps", 1)
     assert command(*flags) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
     assert "collapsed" in line
@@ -271,6 +274,80 @@ def test_a_collapse_ends_the_run_with_its_reason(
     log = read_log(tmp_path / "run" / "training_log.csv")
     assert log["step"].iloc[-1] < 40
     assert log["code_perplexity"].iloc[-1] == pytest.approx(2.0, abs=0.05)
+    # Its loss was the lowest of all, and it did not become model/.
+    assert log["eval_loss"].iloc[-1] < log["eval_loss"].iloc[1]
+    best = json.loads((tmp_path / "run" / "model" / "best.json").read_text())
+    assert best["best_step"] in (1, 2)
+    assert f"model/ is of step {best['best_step']}, before that" in line
+
+
+def test_codes_that_sleep_through_the_warm_up_are_no_collapse() -> None:
+    """And an evaluation of few codes is not kept, however low its loss."""
+    history = [
+        {"step": step, "code_perplexity": 2.0, "contrastive_loss": 1.0, "accuracy": 0.1}
+        for step in range(100, 2001, 100)
+    ]
+    assert collapse_reason(history, 2, 640, warmup_steps=32_000) is None
+    assert "has collapsed" in collapse_reason(history, 2, 640, warmup_steps=500)
+    assert not is_sound(4.0, 0.0, num_groups=2)
+    assert not is_sound(20.0, 100.0, num_groups=2)
+    assert is_sound(30.0, 100.0, num_groups=2)
+
+
+def test_a_model_that_masks_nothing_in_fine_tuning_is_pre_trained(
+    prepared: Path, tmp_path: Path, command: Callable[..., int]
+) -> None:
+    """As the demo's: transformers then makes no embedding of masked frames, which the saved weights have."""
+    model = MODEL | {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+    recipe = write_pretraining_recipe(
+        tmp_path / "r.yaml", prepared, model_config=model, max_steps=3, max_eval_samples=2
+    )
+    assert command("--config", recipe, "--output_dir", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["mask_time_prob"] == 0.0
+
+
+def test_promise_3_a_row_that_a_stop_left_to_the_resume_is_the_same(
+    recipe: Path, tmp_path: Path, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in an update whose row is due: the resumed run writes it, with the temperature of that update."""
+    flags = ("--config", recipe, "--gumbel_temperature_decay", 0.9)
+    assert command(*flags, "--output_dir", tmp_path / "whole") == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    original = train.train_step
+
+    def stopping(run: PretrainingRun, update: object) -> object:
+        if run.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, update)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", stopping)
+        assert command(*flags, "--output_dir", tmp_path / "parts") == 143
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert command(*flags, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "last") == 0
+    assert repeatable(tmp_path / "parts") == repeatable(tmp_path / "whole")
+
+
+def test_the_pass_that_measures_codes_is_done_again_in_smaller_cuts(
+    make_run: Callable[..., PretrainingRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = first_update(make_run(per_device_train_batch_size=8))
+    run = make_run(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    original, failed = PretrainingModel.code_prob_sum, []
+
+    def failing(model: PretrainingModel, batch: PretrainingBatch) -> torch.Tensor:
+        if len(batch.ids) > 2:
+            failed.append(len(batch.ids))
+            raise MemoryLimitExceeded("asked for")
+        return original(model, batch)
+
+    monkeypatch.setattr(PretrainingModel, "code_prob_sum", failing)
+    loss, _, counted = first_update(run)
+    assert failed[0] == 4
+    assert loss == pytest.approx(whole[0], rel=1e-5)
+    np.testing.assert_allclose(counted, whole[2], rtol=1e-5)
 
 
 def test_short_clips_are_left_out_with_a_reason(prepared: Path, tmp_path: Path, command: Callable[..., int]) -> None:
@@ -302,6 +379,7 @@ def test_the_recipe_runs_on_a_small_checkpoint(
 
 BAD_SETTINGS = {
     "nothing to predict": (("--mask_time_prob", 0), "--mask_time_prob is 0"),
+    "no span": (("--mask_time_min_masks", 0), "--mask_time_min_masks is 0"),
     "no distractor": (("--num_negatives", 0), "--num_negatives is 0"),
     "temperature upside down": (("--min_gumbel_temperature", 3), "--min_gumbel_temperature is 3"),
     "decay": (("--gumbel_temperature_decay", 1.5), "--gumbel_temperature_decay is 1.5"),
