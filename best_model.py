@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 LIMITS = ("eval_wer_low", "eval_wer_high")
 # Of the state: what model/ is, kept beside it for a resume from a checkpoint before it.
-BEST_FIELDS = ("best_step", "best_metric", "best_weights", "best_eval_wer", "best_eval_limits", "best_eval_cer")
+BEST_FIELDS = (
+    *("best_step", "best_metric", "best_weights"),
+    *("best_eval_wer", "best_eval_limits", "best_eval_cer", "best_eval_letters"),
+)
 BEST_FILE = "best.json"
 # What weights are: those of the updates, their moving average, the mean of the best evaluations.
 TRAINED, EMA, AVERAGE = "trained", "ema", "average"
@@ -65,7 +68,12 @@ def begin_again(state: "RunState", changed: Collection[str]) -> None:
     if "metric_for_best_model" in changed:
         state.patience, state.best_evaluations = {}, []
         for name in BEST_FIELDS:
-            setattr(state, name, [] if name == "best_eval_limits" else None)
+            setattr(state, name, _empty(name))
+
+
+def _empty(name: str) -> object:
+    """What one of BEST_FIELDS is before there is a best."""
+    return {"best_eval_limits": [], "best_eval_letters": {}}.get(name)
 
 
 class BestModel:
@@ -85,8 +93,14 @@ class BestModel:
         metric = self.run.config.metric_for_best_model
         return min(figures, key=lambda name: (not math.isfinite(figures[name][metric]), figures[name][metric]))
 
-    def take(self, weights_name: str, figures: Figures) -> None:
-        """The better weights of an evaluation: into model/ when they are the best so far, and among the best K."""
+    def take(self, weights_name: str, figures: Figures, letters: Mapping[str, dict] | None = None) -> None:
+        """The better weights of an evaluation: into model/ when they are the best so far, and among the best K.
+
+        Args:
+            weights_name: what they are.
+            figures: of the evaluation.
+            letters: how each letter fared in it, where there are letters.
+        """
         run, state = self.run, self.run.state
         value, keep = figures[run.config.metric_for_best_model], run.config.average_best
         is_best = is_better(value, state.best_metric)
@@ -100,7 +114,7 @@ class BestModel:
                 if is_ranked:
                     self._write_ranked(weights, [int(step) for step, _ in ranked])
                 if is_best:
-                    self._note(weights_name, figures)
+                    self._note(weights_name, figures, letters or {})
                     self.write(weights)
         state.best_evaluations = ranked
 
@@ -113,11 +127,12 @@ class BestModel:
 
         run.status.by_first(run.is_main, write)
 
-    def _note(self, weights_name: str, figures: Figures) -> None:
+    def _note(self, weights_name: str, figures: Figures, letters: Mapping[str, dict]) -> None:
         state = self.run.state
         state.best_step, state.best_weights = state.step, weights_name
         state.best_metric = figures[self.run.config.metric_for_best_model]
         state.best_eval_wer, state.best_eval_cer = figures.get("eval_wer"), figures.get("eval_cer")
+        state.best_eval_letters = dict(letters)
         state.best_eval_limits = [figures[name] for name in LIMITS if name in figures]
 
     def judge_patience(self, figures: Figures, is_normal: bool) -> str | None:
@@ -161,7 +176,7 @@ class BestModel:
         if not is_ahead:
             return
         for name in best:
-            setattr(run.state, name, getattr(type(run.state), name, []) if has_changed else best[name])
+            setattr(run.state, name, _empty(name) if has_changed else best[name])
         if has_changed and run.is_main:
             print(f"model/ is of step {best['best_step']} under the old settings; the next evaluation replaces it")
 

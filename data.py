@@ -575,10 +575,13 @@ def hear(
     lengths = [len(signal_S) for signal_S in signals]
     padded = np.zeros((len(utterances), max(lengths)), np.float32)
     for row, signal_S in zip(padded, signals, strict=True):
-        if do_normalize:
-            signal_S = (signal_S - signal_S.mean()) / np.sqrt(signal_S.var() + VARIANCE_FLOOR)
-        row[: len(signal_S)] = signal_S
+        row[: len(signal_S)] = standardise(signal_S) if do_normalize else signal_S
     return padded, lengths
+
+
+def standardise(signal_S: np.ndarray) -> np.ndarray:
+    """Zero mean and unit variance, as transformers' Wav2Vec2FeatureExtractor."""
+    return (signal_S - signal_S.mean()) / np.sqrt(signal_S.var() + VARIANCE_FLOOR)
 
 
 @dataclass(frozen=True)

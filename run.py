@@ -159,9 +159,7 @@ class Run(TrainingRun, Assembly):
         if self.state.step == 0:
             self.state.eval_wer_before = figures[TRAINED]["eval_wer"]
             return
-        self.best.take(chosen, figures[chosen])
-        if self.state.best_step == self.state.step:
-            self.state.best_eval_letters = describe_letters(evaluations[chosen].letters)
+        self.best.take(chosen, figures[chosen], describe_letters(evaluations[chosen].letters))
         because = self.best.judge_patience(figures[chosen], is_normal)
         if because and self.is_main:
             progress.print(f"stopping early at step {self.state.step} of {self.total_steps}: {because}")

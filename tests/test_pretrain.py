@@ -151,7 +151,7 @@ def test_an_update_that_runs_out_of_memory_is_done_again_in_smaller_cuts(
         assert torch.allclose(gradient, whole[1][name], rtol=1e-5, atol=1e-5 * scale), name
 
 
-@pytest.mark.parametrize("family", ["layer", "group"])
+@pytest.mark.parametrize("family", ["layer", pytest.param("group", marks=pytest.mark.slow)])
 def test_promise_3_resume_is_invisible(
     family: str, prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
@@ -239,6 +239,7 @@ def test_the_model_goes_straight_into_train_py(
     assert "cannot write before it is fine-tuned" in card
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_trained_on_and_scored_before(
     recipe: Path, prepared: Path, tmp_path: Path, command: Callable[..., int]
 ) -> None:
@@ -361,6 +362,7 @@ def test_short_clips_are_left_out_with_a_reason(prepared: Path, tmp_path: Path, 
     assert "tiny,too_short_to_mask" in dropped
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_on_a_small_checkpoint(
     recipe: Path, prepared: Path, tmp_path: Path, command: Callable[..., int]
 ) -> None:
@@ -410,6 +412,7 @@ def test_a_family_without_such_an_objective_is_refused_by_name(
     assert "clusters of an earlier model" in error
 
 
+@pytest.mark.slow
 def test_the_other_command_does_not_resume_the_run(
     recipe: Path, prepared: Path, tmp_path: Path, command: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:

@@ -1059,7 +1059,7 @@ def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: 
     changed = {
         "best_step": 1, "best_eval_wer": -1.0,  # cannot be beaten
         "best_eval_limits": [-2.0, -0.5], "best_eval_cer": -3.0, "best_metric": -1.0, "best_weights": "average",
-        "best_evaluations": [[1, -1.0]], "patience": {"count": 7},
+        "best_evaluations": [[1, -1.0]], "patience": {"count": 7}, "best_eval_letters": {"a": {"occurrences": 5}},
         "eval_wer_before": 7.0, "test_before": {"test_wer": 8.0},
         "sums": add(state["sums"], "oom_retries", 30), "pending_sums": add(state["pending_sums"], "oom_retries", 4),
         "grad_norm": 123.0, "bad_in_a_row": [1, 0], "deaf_loss": 1.25, "elapsed_seconds": 1e6,
@@ -1082,6 +1082,7 @@ def test_every_value_of_the_state_is_restored(stopped_run: StoppedRun, command: 
 
     results = json.loads((stopped_run.folder / "train_results.json").read_text())
     assert (results["best_step"], results["best_eval_wer"], results["best_weights"]) == (1, -1.0, "average")
+    assert results["best_eval_letters"] == changed["best_eval_letters"]
     ended = checkpoint.load_state(stopped_run.checkpoint)["run"]
     assert {name: ended[name] for name in ("best_metric", "best_evaluations", "patience")} == {
         name: changed[name] for name in ("best_metric", "best_evaluations", "patience")

@@ -19,6 +19,7 @@ import torch
 from conftest import TALKATIVE, TINY_GROUP_NORM_MODEL, TINY_MODEL, make_rows, mounted, write_part
 from transformers import pipeline
 
+import data
 import decoding
 import evaluate
 import recognition
@@ -159,7 +160,7 @@ def test_windows_give_the_frames_of_the_whole_where_context_is_short(
             return 9 * logits_BVT.transpose(1, 2), frames_BT
 
         monkeypatch.setattr(recogniser, "model", local)
-        monkeypatch.setattr(recogniser._collate.__class__, "_scale", lambda _, audio: audio.astype(np.float32) / 9_000)
+        monkeypatch.setattr(data, "standardise", lambda audio: audio.astype(np.float32) / 9_000)
         ((_, (transcript, _)),) = recogniser.read([("x", Recording(str(path)))], lambda _: None)
         return transcript.text
 
