@@ -1,16 +1,17 @@
 """What pre-training on speech without text buys: the same fine-tuning on Yoruba, with it and without.
 
     python benchmarks/pretraining.py --corpus ../shared/corpora/yo --work_dir runs/pretraining_benchmark
-    python benchmarks/pretraining.py ... --arms random both --seeds 1 --pretraining_steps 200     (a part of it)
+    python benchmarks/pretraining.py ... --arms without both --seeds 1 --pretraining_steps 200     (a part of it)
+    python benchmarks/pretraining.py ... --model runs/demo/model     (every arm begins with it, not with random weights)
     python benchmarks/pretraining.py ... --only_print
 
 Speech without text is the audio of the Yoruba training clips, and their sentences as espeak-ng's voices of other
 languages read them (synthetic, of sounds that are not quite Yoruba's). Every arm pre-trains a small model from random
-weights on one of them, on both, or not at all, and then fine-tunes on the Yoruba training clips with their texts, by
-the same recipe. The release's dev and test clips are never heard in pre-training. A pre-training and a cell (arm, seed)
-are run directories that go on where they stopped, and are kept when they have ended; --only_print prints the tables of
-what there is: loss and CER on dev by step, mean over the seeds, and WER and CER on test. Cells run --jobs at a time
-with one thread each.
+weights, or --model further, on one of them, on both, or not at all, and then fine-tunes on the Yoruba training clips
+with their texts, by the same recipe and with a new head. The release's dev and test clips are never heard in
+pre-training. A pre-training and a cell (arm, seed) are run directories that go on where they stopped, and are kept when
+they have ended; --only_print prints the tables of what there is: loss and CER on dev by step, mean over the seeds, and
+WER and CER on test. Cells run --jobs at a time with one thread each.
 """
 
 import argparse
@@ -41,20 +42,23 @@ from progress import print_table
 VOICES = ("sw", "sw+f2", "it+m3", "it+f4")
 WORDS_PER_MINUTE, PITCH = 160, 50
 # Speech that each arm is pre-trained on.
-ARMS = {"random": (), "espeak": ("espeak",), "yoruba": ("yoruba",), "both": ("yoruba", "espeak")}
+ARMS = {"without": (), "espeak": ("espeak",), "yoruba": ("yoruba",), "both": ("yoruba", "espeak")}
 # The demo's model with a quantizer of its size; fine-tuning masks, for 50 minutes are learned by heart without.
-MODEL = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())["model_config"] | {
-    "mask_time_prob": 0.05, "mask_time_length": 10, "num_codevector_groups": 2, "num_codevectors_per_group": 64,
-    "codevector_dim": 128, "proj_codevector_dim": 128, "num_negatives": 50,
+OF_PRETRAINING = {
+    "num_codevector_groups": 2, "num_codevectors_per_group": 64, "codevector_dim": 128, "proj_codevector_dim": 128,
+    "num_negatives": 50,
 }  # fmt: skip
+OF_FINE_TUNING = {"mask_time_prob": 0.05, "mask_time_length": 10}
+DEMO = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
+MODEL = DEMO["model_config"] | OF_PRETRAINING | OF_FINE_TUNING
 PRETRAINING = {
-    "model_config": MODEL, "seed": 1, "per_device_train_batch_size": 8, "max_batch_seconds": 160.0,
+    "seed": 1, "per_device_train_batch_size": 8, "max_batch_seconds": 160.0,
     "per_device_eval_batch_size": 8, "learning_rate": 1e-3, "warmup_ratio": 0.1, "logging_steps": 25,
     "eval_steps": 100, "save_steps": 100, "dataloader_num_workers": 0, "max_duration_in_seconds": 20.0,
     "gumbel_temperature_decay": 0.999,
 }  # fmt: skip
 FINE_TUNING = {
-    "vocabulary": "train", "case": "lower", "characters_to_ignore": ',?.!-;:"“”‘’…–—()',
+    "vocabulary": "train", "head": "new", "case": "lower", "characters_to_ignore": ',?.!-;:"“”‘’…–—()',
     "freeze_feature_encoder": False, "per_device_train_batch_size": 8, "max_batch_seconds": 60.0,
     "per_device_eval_batch_size": 8,
     "learning_rate": 1e-3, "warmup_steps": 100, "logging_steps": 50, "eval_steps": 100, "save_steps": 100,
@@ -72,6 +76,7 @@ def main() -> None:
     parser.add_argument("--pretraining_steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
+    parser.add_argument("--model", type=Path, help="that every arm begins with, and of which it keeps the encoder")
     parser.add_argument("--only_print", action="store_true", help="the tables of the cells that have ended")
     arguments = parser.parse_args()
     cells = [Cell(arm, seed, arguments.work_dir) for seed in arguments.seeds for arm in arguments.arms]
@@ -80,8 +85,10 @@ def main() -> None:
             sys.exit(f"{arguments.corpus} is not here: name a Common Voice release of Yoruba with --corpus")
         prepare(arguments.corpus, arguments.work_dir)
         arms = [arm for arm in arguments.arms if ARMS[arm]]
-        in_parallel(lambda arm: pretrain(arm, arguments.work_dir, arguments.pretraining_steps), arms, arguments.jobs)
-        in_parallel(lambda cell: fine_tune(cell, arguments.steps), cells, arguments.jobs)
+        start = start_of(arguments.model)
+        steps = arguments.pretraining_steps
+        in_parallel(lambda arm: pretrain(arm, arguments.work_dir, steps, start), arms, arguments.jobs)
+        in_parallel(lambda cell: fine_tune(cell, arguments.steps, start), cells, arguments.jobs)
     print_pretraining([arm for arm in arguments.arms if ARMS[arm]], arguments.work_dir)
     print_cells([cell for cell in cells if is_finished(cell.folder)])
 
@@ -144,21 +151,28 @@ def speak(corpus: Path, folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def pretrain(arm: str, work_dir: Path, steps: int) -> str:
-    """pretrain.py on the arm's speech, from random weights."""
+def start_of(model: Path | None) -> dict[str, object]:
+    """Settings that say what every arm begins with."""
+    if model is None:
+        return {"model_config": MODEL}
+    return {"model_name_or_path": str(model), "model_overrides": OF_PRETRAINING | OF_FINE_TUNING}
+
+
+def pretrain(arm: str, work_dir: Path, steps: int, start: dict[str, object]) -> str:
+    """pretrain.py on the arm's speech."""
     folder = work_dir / arm / "pretraining"
     if not is_finished(folder):
         data = [str(work_dir / "data" / name) for name in ARMS[arm]]
-        settings = PRETRAINING | {"data_dir": data, "max_steps": steps}
+        settings = PRETRAINING | start | {"data_dir": data, "max_steps": steps}
         run_program("pretrain.py", *resuming(folder, settings), log=folder.with_suffix(".log"))
     return f"pre-trained on {' and '.join(ARMS[arm])}"
 
 
-def fine_tune(cell: Cell, steps: int) -> str:
+def fine_tune(cell: Cell, steps: int, start: dict[str, object]) -> str:
     """train.py with the texts, from the arm's weights."""
     if not is_finished(cell.folder):
-        start = {"model_name_or_path": str(cell.work_dir / cell.arm / "pretraining" / "model")}
-        settings = FINE_TUNING | (start if ARMS[cell.arm] else {"model_config": MODEL})
+        pretrained = {"model_name_or_path": str(cell.work_dir / cell.arm / "pretraining" / "model")}
+        settings = FINE_TUNING | (pretrained if ARMS[cell.arm] else start)
         settings |= {"data_dir": str(cell.work_dir / "data" / "transcribed"), "max_steps": steps, "seed": cell.seed}
         run_program("train.py", *resuming(cell.folder, settings), log=cell.folder.with_suffix(".log"))
     return f"fine-tuned {cell.arm}, seed {cell.seed}"
