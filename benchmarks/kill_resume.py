@@ -46,9 +46,9 @@ from safetensors.torch import load_file
 from torch.optim import adam
 
 import atomic
+import best_model
 import checkpoint
 import roundtrip
-import run as run_module
 import runlog
 import scoring
 import train
@@ -114,7 +114,7 @@ FAILPOINTS = {
     "plot": Failpoint(runlog, "draw_training_curve", "before"),
     "plot, before its rename": Failpoint(runlog, "write_atomically", "before"),
     "best model, being checked": Failpoint(roundtrip, "check_folder", "before", max_calls=1),
-    "best model, before its swap": Failpoint(run_module, "replace_folder", "before", max_calls=1),
+    "best model, before its swap": Failpoint(best_model, "replace_folder", "before", max_calls=1),
     "checkpoint, tensors written": Failpoint(checkpoint, "save_file", "after"),
     "checkpoint, before its swap": Failpoint(checkpoint, "replace_folder", "before"),
     "checkpoint, behind its swap": Failpoint(checkpoint, "replace_folder", "after"),
