@@ -1844,9 +1844,10 @@ def test_demo_learns(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.xdist_group("large")
 @pytest.mark.slow
-@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
 @pytest.mark.parametrize(
-    ("recipe", "architecture"), [("english_large", LARGE_960H), ("hausa_xlsr", XLS_R_300M)], ids=["english", "hausa"]
+    ("recipe", "architecture", "file_format"),  # each in both formats: test_pretrained.py
+    [("english_large", LARGE_960H, "bin"), ("hausa_xlsr", XLS_R_300M, "safetensors")],
+    ids=["english", "hausa"],
 )
 def test_recipe_takes_the_published_architecture(
     recipe: str, architecture: Architecture, file_format: str, tmp_path: Path
