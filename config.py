@@ -362,7 +362,6 @@ class PretrainConfig(PretrainingMasks, Dropouts, Course, RunSettings):
     early_stopping_patience: ClassVar[None] = None
     ema_decay: ClassVar[None] = None
     average_best: ClassVar[None] = None
-    freeze_encoder_steps: ClassVar[int] = 0
 
     freeze_feature_encoder: bool = False
     """Keep the convolutional feature encoder as it is; the codes are then of sounds as the checkpoint hears them."""

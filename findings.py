@@ -1,6 +1,6 @@
 """What a check found: one line of the preflight's screen and of preflight.json."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +34,12 @@ def worst_verdict(findings: Iterable[Finding]) -> Verdict:
     """`refused` if any is, else `warning` if any is, else `ok`."""
     verdicts = {finding.verdict for finding in findings}
     return next((verdict for verdict in ("refused", "warning") if verdict in verdicts), "ok")
+
+
+def some_of(names: Sequence[str], limit: int, where: str = "") -> str:
+    """The first so many names, and how many more there are; `where` says in which file all of them are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more{where}" if more > 0 else "")
 
 
 def percent(share: float) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from findings import some_of
 from text import Vocabulary, composed, visible
 
 # Marks of tone, which change a vowel less than marks of quality do: grave, acute, tilde, macron, hook above, caron.
@@ -47,14 +48,13 @@ class Growth:
     def describe(self) -> str:
         """One line for the screen."""
         parts = [f"{len(self.kept)} rows kept"]
-        if self.copied:
-            parts.append(
-                f"{len(self.copied)} copied ({_some([f'{visible(a)} from {visible(b)}' for a, b in self.copied])})"
-            )
-        if self.drawn:
-            parts.append(f"{len(self.drawn)} drawn ({_some(list(map(visible, self.drawn)))})")
-        if self.dropped:
-            parts.append(f"{len(self.dropped)} of the checkpoint dropped ({_some(list(map(visible, self.dropped)))})")
+        for count, what, names in (
+            (len(self.copied), "copied", [f"{visible(new)} from {visible(old)}" for new, old in self.copied]),
+            (len(self.drawn), "drawn", list(map(visible, self.drawn))),
+            (len(self.dropped), "of the checkpoint dropped", list(map(visible, self.dropped))),
+        ):
+            if count:
+                parts.append(f"{count} {what} ({some_of(names, TOKENS_SHOWN)})")
         return "head: " + ", ".join(parts)
 
 
@@ -138,8 +138,3 @@ def _simpler(letter: str, nearest: Mapping[str, str]) -> Iterator[str]:
     # A letter that composes with its mark may have a line of its own in the table (ї).
     for whole in dict.fromkeys((letter.lower(), base.lower())):
         yield from nearest.get(whole, "")
-
-
-def _some(names: list[str]) -> str:
-    more = len(names) - TOKENS_SHOWN
-    return ", ".join(names[:TOKENS_SHOWN]) + (f" and {more} more" if more > 0 else "")

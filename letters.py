@@ -5,6 +5,7 @@ are too rare to learn.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from findings import some_of
 from text import visible
 
 if TYPE_CHECKING:  # It needs torch, which a report does without.
@@ -104,7 +105,5 @@ def name_found(found: str) -> str:
 
 
 def _some(names: list[str] | Mapping[str, Any], facts: Letters, describe: Any, file: str = "") -> str:
-    names = list(names)
-    more = len(names) - RARE_LETTERS_SHOWN
-    named = ", ".join(describe(name, facts.get(name, {})) for name in names[:RARE_LETTERS_SHOWN])
-    return named + (f" and {more} more in {file}" if more > 0 else "")
+    described = [describe(name, facts.get(name, {})) for name in names]
+    return some_of(described, RARE_LETTERS_SHOWN, f" in {file}")

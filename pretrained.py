@@ -45,6 +45,7 @@ import adapters
 import lora
 from audio import SAMPLE_RATE_HZ
 from errors import RunFailed, UsageError
+from findings import some_of
 from head import plan_growth, take_rows
 from integrity import hash_file
 from languages import find_language, nearest_letters
@@ -179,8 +180,7 @@ def load_recogniser(name: str, target_lang: str | None = None) -> LoadedModel:
 def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
     folder = find_checkpoint_folder(config.model_name_or_path, config.target_lang)
     hf_config = _read_config(folder)
-    _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
-    _check_architecture(hf_config, folder)
+    _settle(hf_config, config, folder)
     adapters_are_new = config.train_adapters and adapters.prepare(hf_config, config.adapter_attn_dim, folder)
     weights_file = _find_weights(folder)
     is_needed = config.vocabulary in ("auto", "model")
@@ -211,11 +211,8 @@ def _load_checkpoint(config: "TrainConfig", training_texts: Callable[[], Iterabl
 
 
 def _build_from_config(config: "TrainConfig", training_texts: Callable[[], Iterable[str]]) -> LoadedModel:
-    fields = dict(config.model_config)
-    hf_config = CONFIG_MAPPING[_known_family(fields.pop("model_type", None), "model_config")]()
-    _override(hf_config, fields, "model_config")
-    _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
-    _check_architecture(hf_config, "model_config")
+    hf_config = _make_config(config.model_config, _known_family)
+    _settle(hf_config, config, "model_config")
     if config.target_lang is not None:
         raise UsageError("--target_lang names adapters of a checkpoint (MMS), and model_config has random weights")
     if config.train_adapters:
@@ -223,13 +220,7 @@ def _build_from_config(config: "TrainConfig", training_texts: Callable[[], Itera
     labels, notes = _choose_vocabulary(config, None, training_texts)
     tokenizer = build_tokenizer(labels)
     _set_vocabulary(hf_config, tokenizer, len(labels))
-    with _seeded(config.seed):
-        try:
-            hf = MODEL_FOR_CTC_MAPPING[type(hf_config)](hf_config)
-        except UNREADABLE as error:
-            raise UsageError(
-                f"model_config does not make a {hf_config.model_type} model: {_one_line(error)}"
-            ) from error
+    hf = _draw_model(hf_config, config.seed, RECOGNITION)
     _draw_head(hf.lm_head, hf_config, config.seed)
     notes.append(f"model: {hf_config.model_type} with random weights")
     feature_extractor, _ = _default_feature_extractor(hf_config)
@@ -373,6 +364,20 @@ def _known_family(family: Any, source: object) -> str:
     )
 
 
+def _make_config(model_config: Mapping[str, Any], known_family: Callable[[Any, object], str]) -> PretrainedConfig:
+    """The configuration that `model_config` of a recipe describes, of a family that `known_family` does not refuse."""
+    fields = dict(model_config)
+    hf_config = CONFIG_MAPPING[known_family(fields.pop("model_type", None), "model_config")]()
+    _override(hf_config, fields, "model_config")
+    return hf_config
+
+
+def _settle(hf_config: PretrainedConfig, config: "TrainConfig | PretrainConfig", source: object) -> None:
+    """Change what the run's settings change, and check the whole."""
+    _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
+    _check_architecture(hf_config, source)
+
+
 def _check_architecture(hf_config: PretrainedConfig, source: object) -> None:
     # transformers derives it from conv_dim when a configuration is made, not when a field is changed.
     hf_config.num_feat_extract_layers = len(hf_config.conv_dim)
@@ -433,7 +438,7 @@ def _choose_vocabulary(
     rare = sorted((count, character) for character, count in counts.items() if count < config.vocabulary_min_count)
     if rare := [f"{visible(character)} {count}" for count, character in rare if character not in " |"]:
         notes.append(
-            f"unknown: {_some_of(rare, RARE_SHOWN)}, seen fewer than {config.vocabulary_min_count} times: learned as "
+            f"unknown: {some_of(rare, RARE_SHOWN)}, seen fewer than {config.vocabulary_min_count} times: learned as "
             "<unk>, written as <unk>, counted as errors"
         )
     return labels, notes
@@ -589,6 +594,15 @@ PRETRAINING = _Purpose(
     re.compile(r"lm_head\.(weight|bias)$"),
     lambda hf_config: _with_mask_embedding(hf_config),
 )
+
+
+def _draw_model(hf_config: PretrainedConfig, seed: int, purpose: _Purpose) -> PreTrainedModel:
+    """A model with random weights."""
+    try:
+        with _seeded(seed), purpose.around(hf_config):
+            return purpose.classes[type(hf_config)](hf_config)
+    except UNREADABLE as error:
+        raise UsageError(f"model_config does not make a {hf_config.model_type} model: {_one_line(error)}") from error
 
 
 def _read_weights(
@@ -747,17 +761,9 @@ def load_pretraining_model(config: "PretrainConfig") -> LoadedPretraining:
     with _quiet_transformers():
         if config.model_name_or_path is not None:
             return _load_pretraining_checkpoint(config)
-        fields = dict(config.model_config)
-        hf_config = CONFIG_MAPPING[_pretraining_family(fields.pop("model_type", None), "model_config")]()
-        _override(hf_config, fields, "model_config")
+        hf_config = _make_config(config.model_config, _pretraining_family)
         _prepare_pretraining_config(hf_config, config, "model_config")
-        try:
-            with _seeded(config.seed), _with_mask_embedding(hf_config):
-                hf = MODEL_FOR_PRETRAINING_MAPPING[type(hf_config)](hf_config)
-        except UNREADABLE as error:
-            raise UsageError(
-                f"model_config does not make a {hf_config.model_type} model: {_one_line(error)}"
-            ) from error
+        hf = _draw_model(hf_config, config.seed, PRETRAINING)
         notes = [f"model: {hf_config.model_type} with random weights"]
         return _assemble_pretraining(config, hf, _default_feature_extractor(hf_config)[0], notes)
 
@@ -783,8 +789,7 @@ def _pretraining_family(family: Any, source: object) -> str:
 
 
 def _prepare_pretraining_config(hf_config: PretrainedConfig, config: "PretrainConfig", source: object) -> None:
-    _override(hf_config, (config.model_overrides or {}) | config.encoder_settings, "model_overrides")
-    _check_architecture(hf_config, source)
+    _settle(hf_config, config, source)
     if hf_config.num_negatives < 1 or hf_config.contrastive_logits_temperature <= 0:
         raise UsageError(
             f"{source}: num_negatives is {hf_config.num_negatives} and contrastive_logits_temperature "
@@ -912,11 +917,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
-    return _some_of(sorted(names), limit)
-
-
-def _some_of(names: list[str], limit: int) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return some_of(sorted(names), limit)
 
 
 def _one_line(error: BaseException) -> str:

@@ -256,24 +256,19 @@ class PretrainingRun(TrainingRun, PretrainingFoundation):
         values = self._training_values() if self.state.step else {}
         values |= figures | {"eval_runtime": time.perf_counter() - started_at}
         self._log_row(values, progress)
-        if self.is_main:
-            log = runlog.read_log(self.log.path)
-            runlog.draw_pretraining_curve(log, self.folder / "training_curve.png", self.model.num_codes)
-        if self.state.step and self._may_keep(figures, progress):
+        may_keep = self.status.decide_first(self.is_main, lambda: self._draw_and_judge(figures, progress))
+        if self.state.step and may_keep:
             self.best.take(TRAINED, figures)
         self.meter.start()
 
-    def _may_keep(self, figures: Figures, progress: Progress) -> bool:
-        """Not a model that is losing its codes, whose loss is low for that very reason."""
-
-        def judge() -> bool:
-            log = runlog.read_log(self.log.path)
-            before = log.loc[log["step"] < self.state.step, "eval_code_perplexity"].max()
-            highest = 0.0 if math.isnan(before) else float(before)
-            return is_sound(figures.get("eval_code_perplexity", math.nan), highest, self.model.num_groups)
-
-        may_keep = self.status.decide_first(self.is_main, judge)
-        if not may_keep and self.is_main:
+    def _draw_and_judge(self, figures: Figures, progress: Progress) -> bool:
+        """The plot; and whether this model may be kept: not one whose loss is low because it is losing its codes."""
+        log = runlog.read_log(self.log.path)
+        runlog.draw_pretraining_curve(log, self.folder / "training_curve.png", self.model.num_codes)
+        before = log.loc[log["step"] < self.state.step, "eval_code_perplexity"].max()
+        highest = 0.0 if math.isnan(before) else float(before)
+        may_keep = is_sound(figures.get("eval_code_perplexity", math.nan), highest, self.model.num_groups)
+        if self.state.step and not may_keep:
             progress.print("    not kept as model/: too few codes are in use, which makes the loss low by itself")
         return may_keep
 

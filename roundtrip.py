@@ -42,6 +42,7 @@ from transformers import PreTrainedModel, Wav2Vec2CTCTokenizer
 from atomic import format_bytes, write_atomically
 from audio import INT16_STEP, SAMPLE_RATE_HZ
 from checkpoint import check_tensors
+from findings import some_of
 from metrics import greedy_decode
 from stopping import end_with_parent, ignore_stop_signals
 from text import Vocabulary
@@ -345,8 +346,7 @@ def _check_texts(vocabulary: Vocabulary, logits_TV: list[torch.Tensor], texts: l
 
 def _some(names: Any) -> str:
     names = sorted(names, key=lambda name: (len(name), name))
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more
+    return some_of(names, SHOWN_NAMES)
 
 
 def _shortened(text: str) -> str:

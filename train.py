@@ -30,7 +30,6 @@ from accelerate import Accelerator
 import card
 from audio import SAMPLE_RATE_HZ
 from best_model import EMA, TRAINED
-from cache import FactCache
 from clock import describe_cost
 from config import PrepareConfig, RunSettings, TrainConfig, parse_arguments
 from data import Batch, ShardDataset, Update, evaluation_loader, training_loader
@@ -350,8 +349,7 @@ def finish(run: Run) -> None:
 
 def describe_alphabet(run: Run) -> dict[str, object]:
     """The letters of the best dev evaluation, and those that the training text hardly has."""
-    cache = FactCache(run.config.data_dirs[0])
-    in_training = measure_letters(run.train_set, run.normalizer, cache)
+    in_training = measure_letters(run.train_set, run.normalizer, run.cache)
     return {"best_eval_letters": run.state.best_eval_letters, "rare_in_training": find_rare(in_training)}
 
 

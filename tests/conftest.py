@@ -198,6 +198,24 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roundtrip, "check_in_clean_process", CHECK_IN_CLEAN_PROCESS)
 
 
+def forget_processes() -> None:
+    """Accelerate keeps its state in singletons, which a process of the user has once."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a process that a user starts without a launcher, with one thread."""
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name == "WORLD_SIZE"]:
+        monkeypatch.delenv(name)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    forget_processes()
+
+
 @contextlib.contextmanager
 def training() -> Iterator[Callable[..., int]]:
     """Runs train.py with the given arguments in this process, whose state of Accelerate ends with each: its status."""
@@ -207,8 +225,7 @@ def training() -> Iterator[Callable[..., int]]:
         try:
             return exit_status(train.main)
         finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            forget_processes()
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

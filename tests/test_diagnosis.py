@@ -16,8 +16,7 @@ import pandas
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState
-from conftest import TINY_GROUP_NORM_MODEL, TINY_MODEL, make_rows, write_part, write_recipe
+from conftest import TINY_GROUP_NORM_MODEL, TINY_MODEL, forget_processes, make_rows, write_part, write_recipe
 
 import pretrained
 import train
@@ -114,8 +113,7 @@ def command(*arguments: object) -> int:
         return exit_status(train.main)
     finally:
         sys.argv = before
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_processes()
 
 
 Row = tuple[str, np.ndarray, str, str]

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from architectures import Settings, no_texts
-from conftest import REPOSITORY, TINY_MODEL, make_rows, run_command, write_part
+from conftest import REPOSITORY, TINY_MODEL, forget_processes, make_rows, run_command, write_part
 from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
@@ -190,8 +189,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
         try:
             return run_command(module.main, module.__name__, *arguments)
         finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
+            forget_processes()
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -749,8 +747,7 @@ def test_fsdp_with_parts_is_refused(prepared: Path, tmp_path: Path, monkeypatch:
     )  # fmt: skip
     with pytest.raises(UsageError, match="train without FSDP"):
         Run(config, accelerator)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
 
 
 # --- Recipes -------------------------------------------------------------------------------------------------------

@@ -1,61 +1,44 @@
 """The command, its screen and files, and what train.py does with the same checks."""
 
 import csv
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from conftest import TINY_MODEL, make_rows, write_part, write_recipe
+from conftest import TINY_MODEL, make_rows, run_command, write_part, write_recipe
 
 import preflight
 import scoring
 import train
 from data import BatchPlan, CutSettings, cut_update
-from errors import UsageError, exit_status
+from errors import UsageError
 from findings import Finding, worst_verdict
 from preflight import Report, check_disk, check_precision, check_ranks
 from runlog import read_log
 
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps its state in singletons, which a process of the user has once."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture
-def check(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def check() -> Callable[..., int]:
     """preflight.py with these arguments, in this process: its exit status."""
-    return command_of(preflight.main, "preflight.py", monkeypatch)
+    return functools.partial(run_command, preflight.main, "preflight.py")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run() -> Callable[..., int]:
     """train.py likewise."""
-    return command_of(train.main, "train.py", monkeypatch)
-
-
-def command_of(main: Callable[[], None], name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def start(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        return exit_status(main)
-
-    return start
+    return functools.partial(run_command, train.main, "train.py")
 
 
 def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:

@@ -1,19 +1,27 @@
 """pretrain.py end to end: the loop's promises without text, its log, its ends, and what train.py makes of model/."""
 
+import functools
 import json
 import math
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
-from conftest import TINY_GROUP_NORM_MODEL, TINY_MODEL, make_rows, training, write_part, write_recipe
+from conftest import (
+    TINY_GROUP_NORM_MODEL,
+    TINY_MODEL,
+    forget_processes,
+    make_rows,
+    run_command,
+    training,
+    write_part,
+    write_recipe,
+)
 from safetensors.torch import load_file
 from test_train import repeatable, stopped_at, tree
 from transformers import Wav2Vec2ForPreTraining
@@ -22,7 +30,7 @@ import pretrain
 import train
 from config import PretrainConfig
 from data import training_loader
-from errors import UsageError, exit_status
+from errors import UsageError
 from pretraining import PretrainingModel, collapse_reason, is_sound
 from pretraining_data import PretrainingBatch
 from pretraining_run import PretrainingRun
@@ -38,30 +46,13 @@ MODEL = TINY_MODEL | CODES
 # Clips of 15 to 60 frames.
 MASKS = {"mask_time_prob": 0.4, "mask_time_length": 3}
 NO_CLIPPING = 1e9
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps its state in singletons, which a process of the user has once."""
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name == "WORLD_SIZE"]:
-        monkeypatch.delenv(name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def command() -> Callable[..., int]:
     """pretrain.py with these arguments, in this process: its exit status."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
-        return exit_status(pretrain.main)
-
-    return run
+    return functools.partial(run_command, pretrain.main, "pretrain.py")
 
 
 def write_pretraining_recipe(path: Path, data_dir: Path, **settings: object) -> Path:
@@ -225,8 +216,7 @@ def test_the_model_goes_straight_into_train_py(
     _, info = Wav2Vec2ForPreTraining.from_pretrained(run_dir / "model", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     fine_tuning = write_recipe(tmp_path / "fine.yaml", prepared, model_config=None, max_steps=2)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
     with training() as fine_tune:
         arguments = ("--model_name_or_path", run_dir / "model", "--output_dir", tmp_path / "fine")
         assert fine_tune("--config", fine_tuning, *arguments) == 0
@@ -245,7 +235,7 @@ def test_a_checkpoint_is_trained_on_and_scored_before(
 ) -> None:
     """The dev loss at step 0 of a second run is that of the model it begins with."""
     assert command("--config", recipe, "--output_dir", tmp_path / "one") == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_processes()
     again = ("--config", recipe, "--model_name_or_path", tmp_path / "one" / "model", "--output_dir", tmp_path / "two")
     assert command(*again, "--max_steps", 2) == 0
     best = json.loads((tmp_path / "one" / "train_results.json").read_text())["best_eval_loss"]
@@ -313,8 +303,7 @@ def test_promise_3_a_row_that_a_stop_left_to_the_resume_is_the_same(
     """SIGTERM in an update whose row is due: the resumed run writes it, with the temperature of that update."""
     flags = ("--config", recipe, "--gumbel_temperature_decay", 0.9)
     assert command(*flags, "--output_dir", tmp_path / "whole") == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
     original = train.train_step
 
     def stopping(run: PretrainingRun, update: object) -> object:
@@ -325,8 +314,7 @@ def test_promise_3_a_row_that_a_stop_left_to_the_resume_is_the_same(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train_step", stopping)
         assert command(*flags, "--output_dir", tmp_path / "parts") == 143
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
     assert command(*flags, "--output_dir", tmp_path / "parts", "--resume_from_checkpoint", "last") == 0
     assert repeatable(tmp_path / "parts") == repeatable(tmp_path / "whole")
 
@@ -368,8 +356,7 @@ def test_the_recipe_runs_on_a_small_checkpoint(
 ) -> None:
     """configs/pretrain.yaml as it is written, but for the model, the data and the length."""
     assert command("--config", recipe, "--output_dir", tmp_path / "base", "--max_steps", 1) == 0
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
     flags = ("--model_name_or_path", tmp_path / "base" / "model", "--data_dir", prepared)
     flags += ("--min_duration_in_seconds", 0.1, "--max_steps", 3, "--logging_steps", 1, "--dataloader_num_workers", 0)
     path = Path(pretrain.__file__).parent / "configs" / "pretrain.yaml"
@@ -418,8 +405,7 @@ def test_the_other_command_does_not_resume_the_run(
 ) -> None:
     with stopped_at("train_step", 3):
         command("--config", recipe, "--output_dir", tmp_path / "run")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_processes()
     before = tree(tmp_path / "run")
     fine_tuning = write_recipe(tmp_path / "fine.yaml", prepared)
     with training() as fine_tune:

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import gc
 import hashlib
 import itertools
@@ -26,7 +27,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate.state import AcceleratorState, GradientState
 from architectures import LARGE_960H, XLS_R_300M, Architecture, write_published_like_checkpoint
 from conftest import (
     AUGMENTATION,
@@ -37,6 +37,7 @@ from conftest import (
     alone,
     fill,
     make_rows,
+    run_command,
     write_part,
     write_recipe,
 )
@@ -88,30 +89,13 @@ MEASURED_RESULTS = {
 }  # fmt: skip
 MASKS = {"mask_time_prob": 0.4, "mask_time_length": 2, "mask_feature_prob": 0.3, "mask_feature_length": 4}
 NO_CLIPPING = 1e9
-
-
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps its state in singletons, which a process of the user has once."""
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_") or name == "WORLD_SIZE"]:
-        monkeypatch.delenv(name)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def command() -> Callable[..., int]:
     """train.py with these arguments, in this process: its exit status."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        return exit_status(train.main)
-
-    return run
+    return functools.partial(run_command, train.main, "train.py")
 
 
 @pytest.fixture
